@@ -1,0 +1,79 @@
+"""Detections: what was found in one image, on the host, trimmed to what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpn_engine.spec import Category
+
+
+class Detection(NamedTuple):
+    """One object: its box in pixels of the original image, score in 0..1 and category."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    category: Category
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detections:
+    """The objects of one image, best first.
+
+    Attributes:
+        boxes: (n, 4) float32, x1 y1 x2 y2 in pixels of the upright original image, half-open.
+        scores: (n,) float32, descending.
+        labels: (n,) int64, 1-based index into ``categories`` (0 would be background).
+        image_size: (height, width) of the original image in pixels.
+        categories: the classes the model knows, in label order.
+        source: where the image came from, if it was a file.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    image_size: tuple[int, int]
+    categories: tuple[Category, ...]
+    source: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        for box, score, label in zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True):
+            yield Detection(tuple(box), score, self.categories[label - 1])
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.categories[label - 1].name for label in self.labels.tolist()]
+
+    @property
+    def category_ids(self) -> NDArray[np.int64]:
+        """(n,) int64, the data set's own id of each detection."""
+        ids = np.array([0, *(category.id for category in self.categories)], dtype=np.int64)
+        return ids[self.labels]
+
+    def filter(self, *, min_score: float = 0.0, classes: Collection[str | int] | None = None) -> Self:
+        """Only those with score >= ``min_score`` and a class among ``classes`` (names or category ids)."""
+        keep = self.scores >= min_score
+        if classes is not None:
+            wanted = [c.name in classes or c.id in classes for c in self.categories]
+            keep = keep & np.array([False, *wanted])[self.labels]
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: image, height, width and a list of {category_id, name, score, box}."""
+        return {
+            "image": self.source,
+            "height": self.image_size[0],
+            "width": self.image_size[1],
+            "detections": [
+                {"category_id": d.category.id, "name": d.category.name, "score": d.score, "box": list(d.box)}
+                for d in self
+            ],
+        }

@@ -1,0 +1,1 @@
+"""Offline work: the PyTorch FPN detectors, checkpoint import and ONNX export."""

@@ -1,0 +1,1 @@
+"""The ops between image and boxes of an FPN detector, as PyTorch references with final names."""
