@@ -41,7 +41,7 @@ class ModelSpec:
     Sizes are pixels; boxes are (x1, y1, x2, y2), half-open. Categories are in label order: label 1 is the
     first, label 0 is background.
 
-    Raises: SpecError (a ValueError) for a value outside its range, and from :meth:`from_dict` for unknown keys.
+    Raises: SpecError (a ValueError) for a value outside its range, and from ``from_dict`` for unknown keys.
     """
 
     categories: tuple[Category, ...]
@@ -93,14 +93,21 @@ class ModelSpec:
         for name in ("rpn_nms_thresh", "rpn_score_thresh", "box_nms_thresh", "box_score_thresh"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1.0, name, "a number from 0 to 1", value)
-        _require(self.min_size <= self.max_size, "min_size", f"at most max_size ({self.max_size})", self.min_size)
+        _require(
+            self.min_size <= self.max_size, "min_size", f"at most max_size ({self.max_size})", self.min_size
+        )
         _require(self.size_divisor == 32, "size_divisor", "32, the stride of C5", self.size_divisor)
         _require(len(self.image_mean) == 3, "image_mean", "three numbers", self.image_mean)
         _require(
-            len(self.image_std) == 3 and min(self.image_std) > 0, "image_std", "three positive numbers", self.image_std
+            len(self.image_std) == 3 and min(self.image_std) > 0,
+            "image_std",
+            "three positive numbers",
+            self.image_std,
         )
         first, last = self.levels[0], self.levels[-1]
-        _require(self.levels == tuple(range(first, last + 1)), "levels", "consecutive, finest first", self.levels)
+        _require(
+            self.levels == tuple(range(first, last + 1)), "levels", "consecutive, finest first", self.levels
+        )
         _require(
             set(self.roi_levels) <= set(self.levels)
             and self.roi_levels == tuple(range(self.roi_levels[0], self.roi_levels[-1] + 1)),
@@ -123,7 +130,12 @@ class ModelSpec:
         _require(len(self.bbox_reg_weights) == 4, "bbox_reg_weights", "four numbers", self.bbox_reg_weights)
         pool = self.box_roi_pool
         _require(pool.output_size >= 1, "box_roi_pool.output_size", "at least 1", pool.output_size)
-        _require(0 <= pool.sampling_ratio, "box_roi_pool.sampling_ratio", "0 (adaptive) or more", pool.sampling_ratio)
+        _require(
+            pool.sampling_ratio >= 0,
+            "box_roi_pool.sampling_ratio",
+            "0 (adaptive) or more",
+            pool.sampling_ratio,
+        )
 
     @property
     def num_classes(self) -> int:
@@ -163,9 +175,11 @@ class ModelSpec:
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise SpecError(f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}")
+            raise SpecError(
+                f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}"
+            )
         try:
-            return cls(**{name: _CONVERT.get(name, _same_type(known[name]))(value) for name, value in values.items()})
+            return cls(**{name: _convert(known[name], value) for name, value in values.items()})
         except SpecError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -195,7 +209,9 @@ def _known_keys(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _categories(values: Sequence[Any]) -> tuple[Category, ...]:
     return tuple(
-        Category(id=int(v["id"]), name=str(v["name"])) if isinstance(v, Mapping) else Category(id=int(v[0]), name=str(v[1]))
+        Category(id=int(v["id"]), name=str(v["name"]))
+        if isinstance(v, Mapping)
+        else Category(id=int(v[0]), name=str(v[1]))
         for v in values
     )
 
@@ -215,8 +231,9 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _same_type(known: dataclasses.Field[Any]) -> Any:
-    return {"int": _integer, "float": _finite, "str": str}[str(known.type)]
+def _convert(known: dataclasses.Field[Any], value: Any) -> Any:
+    convert = _CONVERT.get(known.name) or _CONVERT_SCALAR[str(known.type)]
+    return convert(value)
 
 
 def _integer(value: Any) -> int:
@@ -236,3 +253,4 @@ _CONVERT: dict[str, Any] = {
     "bbox_reg_weights": _floats,
     "box_roi_pool": lambda values: RoIPoolSpec(**_known_keys(RoIPoolSpec, values)),
 }
+_CONVERT_SCALAR: dict[str, Any] = {"int": _integer, "float": _finite, "str": str}
