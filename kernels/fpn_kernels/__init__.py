@@ -1,1 +1,34 @@
-"""The ops between image and boxes of an FPN detector, as PyTorch references with final names."""
+"""The ops between image and boxes of an FPN detector, as PyTorch references with final names.
+
+Boxes are (x1, y1, x2, y2) in pixels, float32, half-open. Everything is batched at fixed capacity with counts
+beside it; a score of -inf marks an empty slot.
+"""
+
+from fpn_kernels.candidates import candidate_capacity, select_candidates
+from fpn_kernels.decode import clip_boxes, decode_boxes, decode_proposals, make_base_anchors
+from fpn_kernels.nms import batched_nms, nms, padded_nms
+from fpn_kernels.preprocess import PackedImages, pack_images, preprocess
+from fpn_kernels.roi_align import assign_levels, multilevel_roi_align, roi_align
+from fpn_kernels.selection import select_topk, stable_topk
+from fpn_kernels.topdown import topdown_merge
+
+__all__ = [
+    "PackedImages",
+    "assign_levels",
+    "batched_nms",
+    "candidate_capacity",
+    "clip_boxes",
+    "decode_boxes",
+    "decode_proposals",
+    "make_base_anchors",
+    "multilevel_roi_align",
+    "nms",
+    "pack_images",
+    "padded_nms",
+    "preprocess",
+    "roi_align",
+    "select_candidates",
+    "select_topk",
+    "stable_topk",
+    "topdown_merge",
+]

@@ -1,0 +1,223 @@
+"""Multi-level RoIAlign (Lin et al. 2017, sec. 4.2, eq. 1; He et al. 2017, sec. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpn_kernels.checks import FLOATS, require, require_device, require_dtype, require_shape
+
+# Adaptive sampling takes ceil(RoI side / output_size) samples per bin and axis; a box far larger than any image would
+# ask for unbounded work, so the grid stops here: enough for a RoI of 128 * 7 = 896 cells, 3584 pixels on P2.
+MAX_GRID = 128
+# eq. 1 takes the floor; a box of exactly canonical_size must not fall a level by rounding.
+LEVEL_EPS = 1e-6
+
+
+def assign_levels(
+    boxes: Tensor, min_level: int, max_level: int, canonical_level: int = 4, canonical_size: float = 224
+) -> Tensor:
+    """The pyramid level of each box, eq. 1: floor(k0 + log2(sqrt(w h) / 224) + 1e-6), clamped.
+
+    Args: boxes: (..., 4) float32 in pixels of the network's input. Returns: (...) int64, min_level..max_level.
+    """
+    sides = boxes[..., 2:] - boxes[..., :2]
+    size = (sides[..., 0] * sides[..., 1]).sqrt()
+    level = (canonical_level + torch.log2(size / canonical_size) + LEVEL_EPS).floor()
+    return level.nan_to_num(min_level).clamp(min_level, max_level).to(torch.int64)
+
+
+def _axis_taps(start: Tensor, size: Tensor, bins: int, grid: int, length: int) -> tuple[Tensor, Tensor]:
+    """Bilinear taps along one axis: (R, bins, 2 grid) cell indices and weights; outside [-1, length] weighs 0."""
+    step = torch.arange(bins * grid, dtype=torch.float32, device=start.device).view(1, bins, grid)
+    sample = torch.div(step, grid, rounding_mode="floor")  # the bin
+    bin_size = (size / bins)[:, None, None]
+    position = start[:, None, None] + sample * bin_size + (step - sample * grid + 0.5) * bin_size / grid
+    inside = ((position >= -1) & (position <= length)).to(torch.float32)
+    position = position.clamp(0, length - 1)
+    low = position.floor().clamp(max=max(length - 2, 0))
+    high_weight = (position - low) * inside
+    low = low.to(torch.int32)
+    index = torch.stack([low, (low + 1).clamp(max=length - 1)], dim=-1)
+    weight = torch.stack([inside - high_weight, high_weight], dim=-1)
+    return index.flatten(2), weight.flatten(2)
+
+
+def _pool(
+    table: Tensor,
+    image_shape: tuple[int, int],
+    rois: Tensor,
+    output_size: int,
+    grid: tuple[int, int],
+    aligned: bool,
+) -> Tensor:
+    """Pool RoIs in cells, (R, 5), from rows of a (N * H * W, C) table: (R * S * S, C).
+
+    Each bin is a weighted sum of 4 * grid^2 rows, so an embedding bag does the work and autograd's backward.
+    """
+    h, w = image_shape
+    sides = rois[:, 3:] - rois[:, 1:3]
+    if not aligned:
+        sides = sides.clamp(min=1)
+    y_index, y_weight = _axis_taps(rois[:, 2], sides[:, 1], output_size, grid[0], h)
+    x_index, x_weight = _axis_taps(rois[:, 1], sides[:, 0], output_size, grid[1], w)
+    rows = rois[:, 0].to(torch.int32)[:, None, None] * h + y_index
+    index = rows[:, :, None, :, None] * w + x_index[:, None, :, None, :]
+    weight = (y_weight / (grid[0] * grid[1]))[:, :, None, :, None] * x_weight[:, None, :, None, :]
+    bags = (len(rois) * output_size**2, -1)
+    return F.embedding_bag(
+        index.reshape(bags), table, mode="sum", per_sample_weights=weight.reshape(bags).to(table.dtype)
+    )
+
+
+def _pool_level(
+    features: Tensor, rois: Tensor, output_size: int, stride: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    """RoIAlign of (R, 5) finite RoIs in pixels on one (N, C, H, W) level: (R, S, S, C)."""
+    _, c, h, w = features.shape
+    table = features.permute(0, 2, 3, 1).reshape(-1, c)
+    cells = rois * torch.tensor([1.0] + [1.0 / stride] * 4, device=rois.device)
+    # A finite coordinate far outside reads nothing; the limit keeps sums of it finite too.
+    cells[:, 1:] = cells[:, 1:].clamp(-1e6, 1e6) - (0.5 if aligned else 0.0)
+    shape = (-1, output_size, output_size, c)
+    if sampling_ratio > 0:
+        return _pool(table, (h, w), cells, output_size, (sampling_ratio,) * 2, aligned).view(shape)
+    sides = cells[:, 3:] - cells[:, 1:3]
+    if not aligned:
+        sides = sides.clamp(min=1)
+    grids = (sides / output_size).ceil().clamp(0, MAX_GRID).to(torch.int64)
+    out = features.new_zeros(len(rois), output_size, output_size, c)
+    for grid_w, grid_h in grids[grids.amin(dim=1) > 0].unique(dim=0).tolist():  # no sample, no feature
+        chosen = ((grids[:, 0] == grid_w) & (grids[:, 1] == grid_h)).nonzero()[:, 0]
+        pooled = _pool(table, (h, w), cells[chosen], output_size, (grid_h, grid_w), aligned)
+        out.index_copy_(0, chosen, pooled.view(shape))
+    return out
+
+
+def multilevel_roi_align_reference(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    counts: Tensor | None,
+    output_size: int,
+    strides: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+    canonical_level: int,
+    canonical_size: float,
+) -> Tensor:
+    n, c = features[0].shape[:2]
+    valid = rois.isfinite().all(dim=1)
+    if counts is not None:
+        slots = len(rois) // n
+        valid &= (torch.arange(slots, device=rois.device) < counts[:, None]).view(-1)
+    if bool((((rois[:, 0] < 0) | (rois[:, 0] >= n)) & valid).any()):
+        raise ValueError(f"rois name an image outside the batch of {n}")
+    levels = assign_levels(
+        rois[:, 1:], min_level, min_level + len(features) - 1, canonical_level, canonical_size
+    )
+    out = features[0].new_empty(len(rois), output_size, output_size, c)
+    out[~valid] = 0
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True), start=min_level):
+        chosen = ((levels == level) & valid).nonzero()[:, 0]
+        if len(chosen):
+            pooled = _pool_level(feature, rois[chosen], output_size, stride, sampling_ratio, aligned)
+            out.index_copy_(0, chosen, pooled)
+    return out.permute(0, 3, 1, 2)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    counts: Tensor | None = None,
+    *,
+    output_size: int = 7,
+    strides: Sequence[float] = (4, 8, 16, 32),
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    min_level: int = 2,
+    canonical_level: int = 4,
+    canonical_size: float = 224,
+) -> Tensor:
+    """RoIAlign where each RoI is pooled from the level that eq. 1 assigns it to.
+
+    Each of the output_size^2 bins is the mean of sampling_ratio^2 bilinear samples. ``aligned=False`` samples at
+    coordinate / stride and widens RoIs to at least one cell; ``aligned=True`` shifts by half a cell and does not.
+    Differentiable in ``features``.
+
+    Args:
+        features: levels finest first, each (N, C, H_l, W_l); fp32, fp16 or bf16; fastest if channels_last.
+        rois: (R, 5) float32, batch index and x1 y1 x2 y2 in pixels of the network's input.
+        counts: (N,) int64 or None. If given, rois hold R / N slots per image, image by image, of which only the first
+            counts[n] are pooled; the others give zeros.
+        output_size: bins per side. strides: pixels per cell of each level.
+        sampling_ratio: samples per bin and axis; 0 takes ceil(RoI side / output_size), at most 128.
+        min_level, canonical_level, canonical_size: level of features[0] and the constants of eq. 1.
+    Returns: (R, C, output_size, output_size) in channels_last order, dtype of ``features``; RoIs with a non-finite
+        coordinate give zeros.
+    Raises: ValueError if shape or dtype differ from the above, or (on the CPU) for a batch index outside the batch;
+        kernels mask such RoIs.
+    """
+    require(len(features) >= 1, "features must hold at least one level")
+    require(
+        len(features) == len(strides), f"need one stride per level, not {len(strides)} for {len(features)}"
+    )
+    require(features[0].ndim == 4, f"features must have shape (N, C, H, W), not {tuple(features[0].shape)}")
+    n, c = features[0].shape[:2]
+    for level in features:
+        require_shape("features", level, n, c, None, None)
+        require_dtype("features", level, *FLOATS)
+        require_dtype("features", level, features[0].dtype)
+    require_shape("rois", rois, None, 5)
+    require_dtype("rois", rois, torch.float32)
+    require_device(features=features[0], rois=rois)
+    if counts is not None:
+        require_shape("counts", counts, n)
+        require(
+            n == 0 or len(rois) % n == 0, f"{len(rois)} rois are not the same number for each of {n} images"
+        )
+    require(output_size >= 1, f"output_size must be at least 1, not {output_size}")
+    require(sampling_ratio >= 0, f"sampling_ratio must be 0 (adaptive) or more, not {sampling_ratio}")
+    return multilevel_roi_align_reference(
+        features,
+        rois,
+        counts,
+        output_size,
+        strides,
+        sampling_ratio,
+        aligned,
+        min_level,
+        canonical_level,
+        canonical_size,
+    )
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    aligned: bool = False,
+) -> Tensor:
+    """RoIAlign on one feature map; ``torchvision.ops.roi_align``'s form, with square output.
+
+    Args:
+        input: (N, C, H, W). boxes: (R, 5) float32 with batch index, or one (R_n, 4) tensor per image.
+        spatial_scale: cells per pixel. The rest as :func:`multilevel_roi_align`; sampling_ratio < 0 is adaptive too.
+    Returns: (R, C, output_size, output_size).
+    """
+    if not isinstance(boxes, Tensor):
+        numbered = [F.pad(box.to(torch.float32), (1, 0), value=float(n)) for n, box in enumerate(boxes)]
+        boxes = torch.cat(numbered) if numbered else input.new_zeros(0, 5, dtype=torch.float32)
+    return multilevel_roi_align(
+        [input],
+        boxes,
+        output_size=output_size,
+        strides=[1.0 / spatial_scale],
+        sampling_ratio=max(sampling_ratio, 0),
+        aligned=aligned,
+    )
