@@ -93,9 +93,7 @@ class ModelSpec:
         for name in ("rpn_nms_thresh", "rpn_score_thresh", "box_nms_thresh", "box_score_thresh"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1.0, name, "a number from 0 to 1", value)
-        _require(
-            self.min_size <= self.max_size, "min_size", f"at most max_size ({self.max_size})", self.min_size
-        )
+        _require(self.min_size <= self.max_size, "min_size", f"at most max_size ({self.max_size})", self.min_size)
         _require(self.size_divisor == 32, "size_divisor", "32, the stride of C5", self.size_divisor)
         _require(len(self.image_mean) == 3, "image_mean", "three numbers", self.image_mean)
         _require(
@@ -105,9 +103,7 @@ class ModelSpec:
             self.image_std,
         )
         first, last = self.levels[0], self.levels[-1]
-        _require(
-            self.levels == tuple(range(first, last + 1)), "levels", "consecutive, finest first", self.levels
-        )
+        _require(self.levels == tuple(range(first, last + 1)), "levels", "consecutive, finest first", self.levels)
         _require(
             set(self.roi_levels) <= set(self.levels)
             and self.roi_levels == tuple(range(self.roi_levels[0], self.roi_levels[-1] + 1)),
@@ -175,9 +171,7 @@ class ModelSpec:
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise SpecError(
-                f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}"
-            )
+            raise SpecError(f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}")
         try:
             return cls(**{name: _convert(known[name], value) for name, value in values.items()})
         except SpecError:

@@ -1,4 +1,4 @@
-"""Candidates: what the box head says, as boxes with one class each (Girshick 2015, sec. 2; Lin et al. 2017, sec. 4.2)."""
+"""Candidates: what the box head says, as boxes of one class each (Girshick 2015, sec. 2; Lin et al. 2017, sec. 4.2)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from fpn_kernels.decode import clip_boxes, decode_boxes, large_enough
 
 
 def candidate_capacity(num_proposals: int, num_classes: int, score_thresh: float) -> int:
-    """Slots that hold every candidate: softmax sums to 1, so fewer than 1 / t classes of a RoI exceed t."""
+    """Slots that hold every candidate: softmax sums to 1, so fewer than 1 / t classes of a RoI exceed t.
+
+    The sum may be above 1 by rounding, hence the 1e-5.
+    """
     foreground = num_classes - 1
-    per_roi = foreground if score_thresh <= 0 else min(foreground, int(1.0 / score_thresh))
+    per_roi = foreground if score_thresh <= 0 else min(foreground, int((1.0 + 1e-5) / score_thresh))
     return num_proposals * per_roi
 
 
@@ -31,6 +34,9 @@ def select_candidates_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, r = proposals.shape[:2]
     foreground = class_logits.shape[1] - 1
+    if n * r == 0:
+        boxes, labels = proposals.new_zeros(n, capacity, 4), counts.new_ones(n, capacity)
+        return boxes, boxes.new_full((n, capacity), -torch.inf), labels, torch.zeros_like(counts)
     scores = class_logits.to(torch.float32).softmax(dim=-1).view(n, r, foreground + 1)[..., 1:]
     present = torch.arange(r, device=counts.device) < counts[:, None]
     chosen = ((scores > score_thresh) & present[..., None]).view(n, -1)
@@ -42,7 +48,7 @@ def select_candidates_reference(
 
     roi, label = source // foreground, source % foreground + 1
     image = torch.arange(n, device=slot.device)[:, None]
-    deltas = box_deltas.view(n, r, foreground + 1, 4)[image, roi, label].to(torch.float32)
+    deltas = box_deltas.reshape(n, r, foreground + 1, 4)[image, roi, label].to(torch.float32)
     boxes = clip_boxes(decode_boxes(proposals[image, roi], deltas, weights), image_sizes)
     keep = filled & large_enough(boxes, min_size)
     boxes = torch.where(keep[..., None], boxes, 0.0)
@@ -88,11 +94,14 @@ def select_candidates(
     require_dtype("class_logits", class_logits, *FLOATS)
     require_dtype("box_deltas", box_deltas, *FLOATS)
     require_dtype("proposals", proposals, torch.float32)
+    require_dtype("counts", counts, torch.int64)
+    require_dtype("image_sizes", image_sizes, torch.int64)
     require_device(class_logits=class_logits, box_deltas=box_deltas, proposals=proposals, counts=counts)
     require(len(weights) == 4, f"weights must be four numbers, not {weights}")
     require(0.0 <= score_thresh <= 1.0, f"score_thresh must be from 0 to 1, not {score_thresh}")
     if capacity is None:
         capacity = candidate_capacity(r, class_logits.shape[1], score_thresh)
+    require(capacity >= 0, f"capacity must not be negative: {capacity}")
     return select_candidates_reference(
         class_logits, box_deltas, proposals, counts, image_sizes, score_thresh, min_size, weights, capacity
     )

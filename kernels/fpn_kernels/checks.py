@@ -25,14 +25,10 @@ def require_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
 
 def require_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    require(
-        tensor.dtype in dtypes, f"{name} must be {allowed}, not {str(tensor.dtype).removeprefix('torch.')}"
-    )
+    require(tensor.dtype in dtypes, f"{name} must be {allowed}, not {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def require_device(**tensors: Tensor) -> None:
     """All tensors must lie on one device."""
     devices = {tensor.device for tensor in tensors.values()}
-    require(
-        len(devices) <= 1, f"{', '.join(tensors)} must lie on one device, not {sorted(map(str, devices))}"
-    )
+    require(len(devices) <= 1, f"{', '.join(tensors)} must lie on one device, not {sorted(map(str, devices))}")

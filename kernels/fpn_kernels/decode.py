@@ -68,9 +68,7 @@ def decode_proposals_reference(
     num_anchors = base_anchors.shape[1]
     sizes = [num_anchors * level.shape[2] * level.shape[3] for level in deltas]
     boxes = []
-    for index, level, base in zip(
-        indices.split(level_slots(sizes, k), dim=1), deltas, base_anchors, strict=True
-    ):
+    for index, level, base in zip(indices.split(level_slots(sizes, k), dim=1), deltas, base_anchors, strict=True):
         h, w = level.shape[-2:]
         cell, anchor = index // num_anchors, index % num_anchors
         x, y = cell % w * (padded_size[1] // w), cell // w * (padded_size[0] // h)
@@ -112,19 +110,22 @@ def decode_proposals(
         scores (N, K) float32, sigmoid(logits), -inf where dropped.
     Raises: ValueError if shape or dtype differ from the above.
     """
+    require_shape("logits", logits, None, None)
     n, slots = logits.shape
+    require(len(deltas) >= 1, "deltas must hold at least one level")
     require_shape("indices", indices, n, slots)
     require_shape("base_anchors", base_anchors, len(deltas), None, 4)
     require_shape("image_sizes", image_sizes, n, 2)
     require_dtype("logits", logits, torch.float32)
     require_dtype("indices", indices, torch.int64)
+    require_dtype("image_sizes", image_sizes, torch.int64)
     a = base_anchors.shape[1]
     for level in deltas:
         require_shape("deltas", level, n, 4 * a, None, None)
         require_dtype("deltas", level, *FLOATS)
     total = sum(level_slots([a * level.shape[2] * level.shape[3] for level in deltas], k))
     require(total == slots, f"logits must have {total} slots for these deltas and k={k}, not {slots}")
-    require_device(logits=logits, indices=indices, base_anchors=base_anchors, image_sizes=image_sizes)
+    require_device(logits=logits, indices=indices, deltas=deltas[0], base_anchors=base_anchors, image_sizes=image_sizes)
     return decode_proposals_reference(
         logits, indices, deltas, base_anchors, padded_size, image_sizes, k, min_size, score_thresh
     )

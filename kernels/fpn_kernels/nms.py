@@ -1,8 +1,9 @@
-"""Non-maximum suppression, exact and greedy, within groups (Ren et al. 2015, sec. 3.3; one group per level or class)."""
+"""Non-maximum suppression, exact and greedy, within groups: levels or classes (Ren et al. 2015, sec. 3.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fpn_kernels.checks import require, require_device, require_dtype, require_shape
 from fpn_kernels.selection import stable_topk
 
-BLOCK = 4096  # boxes resolved against each other at a time; bounds memory when all boxes coincide
+BLOCK = 2048  # boxes resolved against each other at a time; 250 MB of temporaries if they all coincide
 PAIRS = 1 << 21  # candidate pairs whose IoU is computed at a time: about 100 MB of temporaries
 # IoU > t needs the second box to begin within (1 - t) of the first one's width. The slack is far above the rounding
 # of the float32 IoU; where areas leave float32's normal range their rounding is unbounded and no pair is ruled out.
@@ -104,9 +105,7 @@ def _sweep(
     for chunk in _chunks(counts, PAIRS):
         number = counts[chunk]
         i = left[chunk].repeat_interleave(number)
-        within = torch.arange(len(i), device=boxes.device) - (number.cumsum(0) - number).repeat_interleave(
-            number
-        )
+        within = torch.arange(len(i), device=boxes.device) - (number.cumsum(0) - number).repeat_interleave(number)
         j = right[order[begin[chunk].repeat_interleave(number) + within]]
         hit = (box_iou_pairs(boxes[i], boxes[j]) > iou_threshold) & (i != j)
         yield i[hit], j[hit]
@@ -116,7 +115,7 @@ def _chunks(counts: Tensor, limit: int) -> list[slice]:
     """Slices of ``counts`` that sum to about ``limit`` at most, each at least one long."""
     group = counts.cumsum(0) // limit
     edges = [0, *(1 + (group[1:] != group[:-1]).nonzero()[:, 0]).tolist(), len(counts)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _areas(boxes: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def padded_nms(
     """Greedy NMS within each group of each image, at fixed capacity.
 
     By descending score, ties by lower index: a box is kept unless a kept box of its group overlaps it with
-    IoU > ``iou_threshold`` (computed in float32, no coordinate offsets). Boxes whose score is -inf are empty slots;
+    IoU > ``iou_threshold`` (both in float32, no coordinate offsets). Boxes whose score is -inf are empty slots;
     a NaN score or a non-finite coordinate drops the box. Inverted and zero-area boxes overlap nothing.
 
     Args:
@@ -142,6 +141,7 @@ def padded_nms(
         counts: (N,) int64, how many were kept.
     Raises: ValueError if shape, dtype or threshold differ from the above.
     """
+    require_shape("scores", scores, None, None)
     n, k = scores.shape
     require_shape("boxes", boxes, n, k, 4)
     require_shape("groups", groups, n, k)

@@ -27,14 +27,15 @@ class PackedImages(NamedTuple):
 
 
 def pack_images(images: Sequence[Tensor]) -> PackedImages:
-    """Lay uint8 (H, W, 3) images one after another. Raises ValueError for another dtype or shape."""
+    """Lay uint8 (H, W, 3) images one after another. Raises ValueError for another dtype or shape or no pixels."""
     for image in images:
         require_shape("image", image, None, None, 3)
         require_dtype("image", image, torch.uint8)
+        require(image.numel() > 0, f"image must have at least one pixel, not shape {tuple(image.shape)}")
     sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).reshape(-1, 2)
     ends = (sizes.prod(dim=1) * 3).cumsum(dim=0)
-    flat = [image.reshape(-1) for image in images]
-    pixels = torch.cat(flat) if len(flat) != 1 else flat[0]
+    flat = [image.reshape(-1) for image in images] or [torch.empty(0, dtype=torch.uint8)]
+    pixels = torch.cat(flat) if len(flat) > 1 else flat[0]
     return PackedImages(pixels, ends - sizes.prod(dim=1) * 3, sizes)
 
 
@@ -50,9 +51,7 @@ def preprocess_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     batch = torch.zeros(len(offsets), 3, *padded_size, dtype=dtype, device=pixels.device)
-    mean_, std_ = (
-        torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (mean, std)
-    )
+    mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (mean, std))
     rows = zip(offsets.tolist(), sizes.tolist(), image_sizes.tolist(), strict=True)
     for out, (offset, (h, w), (resized_h, resized_w)) in zip(batch, rows, strict=True):
         image = pixels[offset : offset + h * w * 3].view(h, w, 3).permute(2, 0, 1)
@@ -105,6 +104,4 @@ def preprocess(
     require(len(mean) == 3 and len(std) == 3, f"mean and std must have three numbers, not {mean} and {std}")
     require(min(padded_size) >= 1, f"padded_size must be positive, not {padded_size}")
     require(dtype in FLOATS, f"dtype must be float32, float16 or bfloat16, not {dtype}")
-    return preprocess_reference(
-        pixels, offsets, sizes, image_sizes, padded_size, mean, std, reverse_channels, dtype
-    )
+    return preprocess_reference(pixels, offsets, sizes, image_sizes, padded_size, mean, std, reverse_channels, dtype)

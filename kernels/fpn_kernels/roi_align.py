@@ -13,6 +13,7 @@ from fpn_kernels.checks import FLOATS, require, require_device, require_dtype, r
 # Adaptive sampling takes ceil(RoI side / output_size) samples per bin and axis; a box far larger than any image would
 # ask for unbounded work, so the grid stops here: enough for a RoI of 128 * 7 = 896 cells, 3584 pixels on P2.
 MAX_GRID = 128
+TAPS = 1 << 22  # bilinear taps of adaptively sampled RoIs laid out at a time: about 100 MB of temporaries
 # eq. 1 takes the floor; a box of exactly canonical_size must not fall a level by rounding.
 LEVEL_EPS = 1e-6
 
@@ -92,8 +93,9 @@ def _pool_level(
     out = features.new_zeros(len(rois), output_size, output_size, c)
     for grid_w, grid_h in grids[grids.amin(dim=1) > 0].unique(dim=0).tolist():  # no sample, no feature
         chosen = ((grids[:, 0] == grid_w) & (grids[:, 1] == grid_h)).nonzero()[:, 0]
-        pooled = _pool(table, (h, w), cells[chosen], output_size, (grid_h, grid_w), aligned)
-        out.index_copy_(0, chosen, pooled.view(shape))
+        for part in chosen.split(max(1, TAPS // (4 * grid_w * grid_h * output_size**2))):
+            pooled = _pool(table, (h, w), cells[part], output_size, (grid_h, grid_w), aligned)
+            out.index_copy_(0, part, pooled.view(shape))
     return out
 
 
@@ -112,13 +114,11 @@ def multilevel_roi_align_reference(
     n, c = features[0].shape[:2]
     valid = rois.isfinite().all(dim=1)
     if counts is not None:
-        slots = len(rois) // n
+        slots = len(rois) // max(n, 1)
         valid &= (torch.arange(slots, device=rois.device) < counts[:, None]).view(-1)
     if bool((((rois[:, 0] < 0) | (rois[:, 0] >= n)) & valid).any()):
         raise ValueError(f"rois name an image outside the batch of {n}")
-    levels = assign_levels(
-        rois[:, 1:], min_level, min_level + len(features) - 1, canonical_level, canonical_size
-    )
+    levels = assign_levels(rois[:, 1:], min_level, min_level + len(features) - 1, canonical_level, canonical_size)
     out = features[0].new_empty(len(rois), output_size, output_size, c)
     out[~valid] = 0
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True), start=min_level):
@@ -162,23 +162,20 @@ def multilevel_roi_align(
         kernels mask such RoIs.
     """
     require(len(features) >= 1, "features must hold at least one level")
-    require(
-        len(features) == len(strides), f"need one stride per level, not {len(strides)} for {len(features)}"
-    )
+    require(len(features) == len(strides), f"need one stride per level, not {len(strides)} for {len(features)}")
     require(features[0].ndim == 4, f"features must have shape (N, C, H, W), not {tuple(features[0].shape)}")
     n, c = features[0].shape[:2]
     for level in features:
         require_shape("features", level, n, c, None, None)
         require_dtype("features", level, *FLOATS)
         require_dtype("features", level, features[0].dtype)
+        require(level.shape[2] * level.shape[3] > 0, f"features must have cells, not shape {tuple(level.shape)}")
     require_shape("rois", rois, None, 5)
     require_dtype("rois", rois, torch.float32)
     require_device(features=features[0], rois=rois)
     if counts is not None:
         require_shape("counts", counts, n)
-        require(
-            n == 0 or len(rois) % n == 0, f"{len(rois)} rois are not the same number for each of {n} images"
-        )
+        require(len(rois) == len(rois) // max(n, 1) * n, f"{len(rois)} rois do not divide among {n} images")
     require(output_size >= 1, f"output_size must be at least 1, not {output_size}")
     require(sampling_ratio >= 0, f"sampling_ratio must be 0 (adaptive) or more, not {sampling_ratio}")
     return multilevel_roi_align_reference(

@@ -16,15 +16,19 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, best first, ties by lower index.
 
     The same on every device and for every k, unlike ``torch.topk``, which leaves ties open: score and index
-    are packed into one 64-bit key, so that no two keys are equal. NaN ranks below everything.
+    are packed into one 64-bit key, so that no two keys are equal. NaN ranks below everything, -inf included.
 
     Args:
         scores: (N, M) float32; k: at most M, and M below 2^32.
     Returns: (N, k) int64.
+    Raises: ValueError if shape, dtype or k differ from the above.
     """
-    finite_order = torch.where(scores.isnan(), -torch.inf, scores) + 0.0  # + 0.0 makes -0.0 tie with 0.0
-    bits = finite_order.view(torch.int32)
+    require_shape("scores", scores, None, None)
+    require_dtype("scores", scores, torch.float32)
+    require(0 <= k <= scores.shape[1], f"k must be from 0 to {scores.shape[1]}, not {k}")
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 tie with 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)  # IEEE order as integer order
+    ordered = ordered.masked_fill(scores.isnan(), -1 << 31)
     index = torch.arange(scores.shape[1], device=scores.device)
     keys = (ordered << 32) + (_LOW_32_BITS - index)
     return _LOW_32_BITS - (keys.topk(k, dim=1).values & _LOW_32_BITS)
@@ -48,7 +52,7 @@ def select_topk_reference(objectness: Sequence[Tensor], k: int) -> tuple[Tensor,
         best = stable_topk(flat, min(k, flat.shape[1]))
         logits.append(flat.gather(1, best))
         indices.append(best)
-        levels.append(torch.full_like(best[0], level) if len(best) else best.new_full(best.shape[1:], level))
+        levels.append(best.new_full(best.shape[1:], level))
     return torch.cat(logits, dim=1), torch.cat(indices, dim=1), torch.cat(levels)
 
 

@@ -1,0 +1,69 @@
+"""ONNX Runtime: the two neural parts as two sessions, NHWC at the seam so that nothing is copied between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_engine.backends import TrunkOutput
+from fpn_engine.errors import BackendError
+from fpn_engine.spec import ModelSpec
+
+PROVIDERS = ["CPUExecutionProvider"]
+_ERRORS_ONLY = 3  # ONNX Runtime's log level; its warnings are about its own optimiser
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options for a session: ``threads`` None takes one per physical core."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def open_session(model: bytes, threads: int | None = None) -> Any:
+    """A session on the CPU. Raises BackendError if ONNX Runtime refuses the model."""
+    import onnxruntime as ort
+
+    try:
+        return ort.InferenceSession(model, session_options(threads), providers=PROVIDERS)
+    except Exception as error:  # ONNX Runtime's own exceptions share no public base
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the model: {error}") from None
+
+
+def _run(session: Any, name: str, value: Tensor) -> list[Tensor]:
+    try:
+        outputs = session.run(None, {name: value.contiguous().numpy()})
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime failed while running the model: {error}") from None
+    return [torch.from_numpy(output) for output in outputs]
+
+
+class OrtTrunk:
+    """The trunk: outputs NHWC in the order features, objectness, deltas; see ``fpn_export.onnx_cut``."""
+
+    def __init__(self, model: bytes, spec: ModelSpec, threads: int | None = None) -> None:
+        self._session = open_session(model, threads)
+        self._levels = len(spec.levels)
+
+    def __call__(self, images: Tensor, /) -> TrunkOutput:
+        maps = tuple(level.permute(0, 3, 1, 2) for level in _run(self._session, "image", images))
+        split = len(maps) - 2 * self._levels
+        return TrunkOutput(maps[:split], maps[split : split + self._levels], maps[split + self._levels :])
+
+
+class OrtHead:
+    """The box head on rows: (R, S * S * C) in NHWC order."""
+
+    def __init__(self, model: bytes, threads: int | None = None) -> None:
+        self._session = open_session(model, threads)
+
+    def __call__(self, roi_features: Tensor, /) -> tuple[Tensor, Tensor]:
+        rows = roi_features.permute(0, 2, 3, 1).flatten(1)
+        class_logits, box_deltas = _run(self._session, "roi_rows", rows)
+        return class_logits, box_deltas

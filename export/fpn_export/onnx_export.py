@@ -1,0 +1,193 @@
+"""ONNX export: one standard end-to-end file that ONNX Runtime runs by itself (Lin et al. 2017, sec. 4)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import Tensor, nn
+
+import fpn_engine
+from fpn_engine.errors import ModelError
+from fpn_engine.spec import ModelSpec
+from fpn_export.batch_norm import fold_batch_norm
+from fpn_export.detector import FasterRCNN
+from fpn_export.onnx_detections import add_detections, add_roi_align, add_status
+from fpn_export.onnx_graph import OnnxGraph, tensor_info
+from fpn_export.onnx_proposals import add_proposals, box_limits
+
+OPSET = 20
+IR_VERSION = 10  # what ONNX Runtime 1.22 and later read; onnx itself would write a newer one
+SPEC_KEY = "fpn_engine.spec"
+VERSION_KEY = "fpn_engine.version"
+LARGEST_SIDE = 512 * 32  # bound of the symbolic image side during export; not a limit of the file
+OVERRIDABLE = ("rpn_nms_thresh", "rpn_score_thresh", "box_score_thresh", "box_nms_thresh", "box_detections_per_img")
+
+
+class _TrunkModule(nn.Module):
+    """The trunk with every named tensor as an output."""
+
+    def __init__(self, model: FasterRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        stages, levels = self.model.pyramid(image)
+        answers = [self.model.rpn["head"](level) for level in levels]
+        return (*stages, *levels, *(objectness for objectness, _ in answers), *(deltas for _, deltas in answers))
+
+
+class _HeadModule(nn.Module):
+    def __init__(self, model: FasterRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, roi_features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.head(roi_features)
+
+
+def trunk_outputs(spec: ModelSpec) -> list[str]:
+    """Names of the trunk's tensors in the file: c2..c5, p2.., objectness_p2.., deltas_p2..."""
+    levels = [f"p{level}" for level in spec.levels]
+    stages = [f"c{stage}" for stage in range(2, 6)]
+    return stages + levels + [f"objectness_{level}" for level in levels] + [f"deltas_{level}" for level in levels]
+
+
+def export_onnx(
+    model: FasterRCNN, spec: ModelSpec, *, on_progress: Callable[[str], None] = lambda step: None
+) -> ModelProto:
+    """Export a Faster R-CNN as one self-contained ONNX model: opset 20, IR 10.
+
+    Inputs: ``image`` (N, 3, H, W) float32, normalised and padded to multiples of 32; ``image_sizes`` (N, 2) int64,
+    resized height and width before padding. Outputs, with D = box_detections_per_img: ``boxes`` (N, D, 4) float32 in
+    pixels of the resized image, ``scores`` (N, D) float32, ``labels`` (N, D) int64 from 1, ``counts`` (N,) int64 and
+    ``status`` (N,) int64 (0 ok, 1 non-finite). The initializers in ``OVERRIDABLE`` are optional inputs too.
+    The spec is in ``metadata_props`` under ``fpn_engine.spec``.
+
+    Raises: ModelError if the exported file does not pass ONNX's checker.
+    """
+    folded = fold_batch_norm(model)
+    on_progress("trunk")
+    batch, h, w = (torch.export.Dim(name, max=limit) for name, limit in (("batch", 4096), ("h", 512), ("w", 512)))
+    trunk = _export_part(
+        _TrunkModule(folded),
+        torch.zeros(2, 3, 128, 192),
+        "image",
+        trunk_outputs(spec),
+        {"image": {0: batch, 2: 32 * h, 3: 32 * w}},
+    )
+    on_progress("box head")
+    size = spec.box_roi_pool.output_size
+    head = _export_part(
+        _HeadModule(folded),
+        torch.zeros(2, spec.fpn_channels, size, size),
+        "roi_features",
+        ["class_logits", "box_deltas"],
+        {"roi_features": {0: torch.export.Dim("rois")}},
+    )
+    on_progress("proposals and detections")
+    joined = _join(_rename(trunk, "trunk/"), _rename(head, "head/"), spec)
+    try:
+        onnx.checker.check_model(joined, full_check=True)
+    except Exception as error:
+        raise ModelError(f"the exported model does not pass the ONNX checker: {error}") from error
+    return joined
+
+
+def _export_part(
+    module: nn.Module, example: Tensor, input_name: str, output_names: list[str], dynamic_shapes: dict[str, Any]
+) -> ModelProto:
+    """One neural part through torch.onnx, values and parameters named without the exporter's wrapping."""
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter warns about its own internals
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=output_names,
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(level)
+    assert program is not None  # with dynamo=True and no file the exporter returns a program
+    return program.model_proto
+
+
+def _rename(model: ModelProto, prefix: str) -> ModelProto:
+    """Give inner values ``prefix`` and parameters their state-dict names; inputs and outputs stay."""
+    fixed = {value.name for value in (*model.graph.input, *model.graph.output)}
+    parameters = {tensor.name for tensor in model.graph.initializer}
+
+    def renamed(name: str) -> str:
+        if name == "" or name in fixed:
+            return name
+        inner = name.removeprefix("model.")
+        return inner if name in parameters and inner != name else prefix + name
+
+    for tensor in model.graph.initializer:
+        tensor.name = renamed(tensor.name)
+    for node in model.graph.node:
+        node.name = prefix + node.name
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+    return model
+
+
+def _join(trunk: ModelProto, head: ModelProto, spec: ModelSpec) -> ModelProto:
+    first, second = OnnxGraph("proposal_"), OnnxGraph("detection_")
+    limits = box_limits(first, "image_sizes")
+    add_proposals(first, spec, limits)
+    add_roi_align(first, spec)
+    add_detections(second, spec, limits)
+    add_status(second, spec)
+
+    inputs = [
+        tensor_info("image", TensorProto.FLOAT, ("batch", 3, "height", "width")),
+        tensor_info("image_sizes", TensorProto.INT64, ("batch", 2)),
+    ]
+    d = "detections"
+    outputs = [
+        tensor_info("boxes", TensorProto.FLOAT, ("batch", d, 4)),
+        tensor_info("scores", TensorProto.FLOAT, ("batch", d)),
+        tensor_info("labels", TensorProto.INT64, ("batch", d)),
+        tensor_info("counts", TensorProto.INT64, ("batch",)),
+        tensor_info("status", TensorProto.INT64, ("batch",)),
+    ]
+    initializers = [*trunk.graph.initializer, *head.graph.initializer, *first.initializers, *second.initializers]
+    overridable = {t.name: t for t in initializers if t.name in OVERRIDABLE}
+    inputs += [tensor_info(name, t.data_type, tuple(t.dims)) for name, t in overridable.items()]
+    graph = helper.make_graph(
+        [*trunk.graph.node, *first.nodes, *head.graph.node, *second.nodes], "fpn_detector", inputs, outputs, initializers
+    )
+    joined = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="fpn-engine",
+        producer_version=fpn_engine.__version__,
+    )
+    helper.set_model_props(joined, {SPEC_KEY: spec.to_json(), VERSION_KEY: fpn_engine.__version__})
+    _strip_sources(joined)
+    return joined
+
+
+def _strip_sources(model: ModelProto) -> None:
+    """Remove what the exporter notes about the machine it ran on: source paths and stack traces."""
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for tensor in model.graph.initializer:
+        tensor.ClearField("doc_string")
+        tensor.ClearField("metadata_props")
