@@ -66,6 +66,10 @@ class Detections:
             keep = keep & np.array([False, *wanted])[self.labels]
         return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
+    def named(self, source: str) -> Self:
+        """The same detections with where the image came from."""
+        return replace(self, source=source)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: image, height, width and a list of {category_id, name, score, box}."""
         return {

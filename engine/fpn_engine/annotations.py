@@ -1,0 +1,150 @@
+"""COCO annotations: the ground truth that detections are scored against."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpn_engine.errors import AnnotationError
+from fpn_engine.spec import Category
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatedImage:
+    """One image of an annotation file; sides in pixels."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotation:
+    """One object: bbox (x, y, width, height) and area in pixels; a crowd stands for many objects."""
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float
+    iscrowd: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CocoGroundTruth:
+    """The annotations of a data set, each list in the order of the file. Category ids may have gaps."""
+
+    images: tuple[AnnotatedImage, ...]
+    categories: tuple[Category, ...]
+    annotations: tuple[Annotation, ...]
+
+    @property
+    def image_ids(self) -> dict[str, int]:
+        """The id of each file_name."""
+        return {image.file_name: image.id for image in self.images}
+
+    def check_categories(self, categories: Iterable[Category]) -> None:
+        """Raise AnnotationError if an id means another class to the model than to these annotations.
+
+        Scores would silently be near zero, as between COCO ids (1-90, with gaps) and consecutive ones (1-80).
+        Ids that only one side has are fine, and so are the stand-in names of a checkpoint without names.
+        """
+        names = {category.id: category.name for category in self.categories}
+        for category in categories:
+            name = names.get(category.id, category.name)
+            if category.name not in (name, f"class_{category.id}"):
+                raise AnnotationError(
+                    f"category {category.id} is {category.name!r} to the model but {name!r} in the annotations; "
+                    "use the annotations that the model was trained for"
+                )
+
+
+def load_annotations(path: str | Path) -> CocoGroundTruth:
+    """Read a COCO annotation file; ``iscrowd`` and ``area`` may be missing (0, and the box's own).
+
+    Raises: AnnotationError if it cannot be read, is not COCO JSON, lists no image, or refers to an image or
+        category that it does not list.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise AnnotationError(f"cannot read the annotations {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"the annotations {path} are not valid JSON: {error}") from error
+    try:
+        return _parse(data)
+    except _NotCocoError as error:
+        raise AnnotationError(f"the annotations {path} are not COCO detection annotations: {error}") from None
+
+
+class _NotCocoError(Exception):
+    """Why a JSON value is not a COCO annotation file."""
+
+
+def _parse(data: Any) -> CocoGroundTruth:
+    if not isinstance(data, dict):
+        raise _NotCocoError("the file holds no JSON object")
+    try:
+        truth = CocoGroundTruth(
+            images=tuple(map(_parse_image, _entries(data, "images"))),
+            categories=tuple(map(_parse_category, _entries(data, "categories"))),
+            annotations=tuple(map(_parse_annotation, _entries(data, "annotations"))),
+        )
+    except KeyError as error:
+        raise _NotCocoError(f"an entry has no {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _NotCocoError(f"an entry has a value of the wrong form ({error})") from None
+
+    image_ids = _distinct("image id", [image.id for image in truth.images])
+    category_ids = _distinct("category id", [category.id for category in truth.categories])
+    _distinct("category name", [category.name for category in truth.categories])
+    for annotation in truth.annotations:
+        if annotation.image_id not in image_ids:
+            raise _NotCocoError(f"an annotation is on image {annotation.image_id}, which is not listed")
+        if annotation.category_id not in category_ids:
+            raise _NotCocoError(f"an annotation has category {annotation.category_id}, which is not listed")
+    return truth
+
+
+def _entries(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    entries = data.get(key)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _NotCocoError(f"{key!r} is not a list of objects")
+    return entries
+
+
+def _parse_image(entry: Mapping[str, Any]) -> AnnotatedImage:
+    height, width = int(entry["height"]), int(entry["width"])
+    return AnnotatedImage(id=int(entry["id"]), file_name=str(entry["file_name"]), height=height, width=width)
+
+
+def _parse_category(entry: Mapping[str, Any]) -> Category:
+    return Category(id=int(entry["id"]), name=str(entry["name"]))
+
+
+def _parse_annotation(entry: Mapping[str, Any]) -> Annotation:
+    x, y, width, height = (float(value) for value in entry["bbox"])
+    if not all(map(math.isfinite, (x, y, width, height))) or width < 0 or height < 0:
+        raise ValueError(f"{entry['bbox']} is no box x, y, width, height")
+    return Annotation(
+        image_id=int(entry["image_id"]),
+        category_id=int(entry["category_id"]),
+        bbox=(x, y, width, height),
+        area=float(entry.get("area", width * height)),
+        iscrowd=bool(entry.get("iscrowd", 0)),
+    )
+
+
+def _distinct(what: str, values: Sequence[Any]) -> set[Any]:
+    if not values:
+        raise _NotCocoError(f"no {what} is listed")
+    if len(set(values)) != len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise _NotCocoError(f"the {what} {twice!r} is used twice")
+    return set(values)

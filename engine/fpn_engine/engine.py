@@ -1,0 +1,217 @@
+"""Engine: a plan, loaded and ready: images in, detections out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fpn_engine.backends.ort import OrtHead, OrtTrunk
+from fpn_engine.detections import Detections
+from fpn_engine.errors import FpnEngineError, NonFiniteError, PlanError
+from fpn_engine.images import to_array
+from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Thresholds
+from fpn_engine.plan import Manifest, Plan, read_plan
+from fpn_engine.resizing import padded_size, resized_size
+from fpn_engine.spec import ModelSpec
+from fpn_kernels import pack_images, preprocess
+
+if TYPE_CHECKING:
+    from fpn_engine.images import ImageLike
+
+Pixels = NDArray[np.uint8]
+
+
+class ProposalBoxes(NamedTuple):
+    """Class-agnostic proposals of one image, best first.
+
+    Attributes: boxes (n, 4) float32 in pixels of the original image; scores (n,) float32 in 0..1.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+
+
+class Outcome(NamedTuple):
+    """What became of one image of a stream: its pixels and detections, or the error that was met."""
+
+    source: str
+    pixels: Pixels | None
+    result: Detections | FpnEngineError
+
+
+class Engine:
+    """Detects objects in images of any size; ``Engine.load("model.plan")(images)``.
+
+    The result of an image does not depend on what else is in the call: images are grouped by their padded size and
+    never padded further to fit a batch.
+
+    Args:
+        plan: see :func:`fpn_engine.plan.read_plan`. batch_size: most images run at once.
+        threads: CPU threads for the neural parts; None takes one per core.
+    """
+
+    def __init__(self, plan: Plan, *, batch_size: int = 1, threads: int | None = None) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.manifest: Manifest = plan.manifest
+        self.spec: ModelSpec = plan.manifest.spec
+        self.batch_size = batch_size
+        if plan.manifest.backend != "onnxruntime":
+            raise PlanError(f"the plan is for the backend {plan.manifest.backend}, which this version does not have")
+        trunk = OrtTrunk(plan.parts["trunk.onnx"], self.spec, threads)
+        self._pipeline = Pipeline(self.spec, trunk, OrtHead(plan.parts["head.onnx"], threads))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None) -> Self:
+        """Read and check a plan. Raises PlanError in one sentence that says how to rebuild."""
+        return cls(read_plan(Path(path)), batch_size=batch_size, threads=threads)
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        max_detections: int | None = None,
+    ) -> list[Detections]:
+        """Detect in images given as arrays, PIL images, tensors or paths; one alone counts as a list of one.
+
+        Args:
+            images: see :func:`fpn_engine.images.to_array` for what is accepted.
+            score_threshold, nms_threshold: in 0..1; max_detections: per image. None takes the spec's.
+        Returns: one Detections per image, in order, boxes in pixels of the original image.
+        Raises: ImageError for an image that cannot be read, NonFiniteError if the network gave NaN or infinity.
+        """
+        thresholds = self.thresholds(score_threshold, nms_threshold, max_detections)
+        listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+        results = self._detect([to_array(image) for image in listed], thresholds)
+        found = []
+        for number, (image, result) in enumerate(zip(listed, results, strict=True)):
+            source = str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else None
+            if isinstance(result, FpnEngineError):
+                raise NonFiniteError(f"{source or f'image {number}'}: {result}")
+            found.append(result.named(source) if source else result)
+        return found
+
+    def stream(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        *,
+        thresholds: Thresholds | None = None,
+        read: Callable[[str | os.PathLike[str]], Pixels] = to_array,
+    ) -> Iterator[Outcome]:
+        """Detect in files one after another, in order and in bounded memory; a bad file is an outcome, not an end."""
+        thresholds = thresholds or Thresholds.of(self.spec)
+        remaining = iter(paths)
+        # A window of several batches, so that mixed sizes still fill batches of one size.
+        window = self.batch_size if self.batch_size == 1 else 4 * self.batch_size
+        while chunk := list(islice(remaining, window)):
+            pixels = [_attempt(read, path) for path in chunk]
+            good = [image for image in pixels if not isinstance(image, FpnEngineError)]
+            results = iter(self._detect(good, thresholds))
+            for path, image in zip(chunk, pixels, strict=True):
+                source = os.fspath(path)
+                if isinstance(image, FpnEngineError):
+                    yield Outcome(source, None, image)
+                    continue
+                result = next(results)
+                named = NonFiniteError(f"{source}: {result}") if isinstance(result, FpnEngineError) else result
+                yield Outcome(source, image, named.named(source) if isinstance(named, Detections) else named)
+
+    def propose(self, images: ImageLike | Sequence[ImageLike]) -> list[ProposalBoxes]:
+        """The RPN's class-agnostic proposals (Lin et al. 2017, sec. 4.1), at most rpn_post_nms_top_n_test each."""
+        listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+        pixels = [to_array(image) for image in listed]
+        found: list[ProposalBoxes | None] = [None] * len(pixels)
+        for indices, size in self._batches(pixels):
+            chosen = [pixels[i] for i in indices]
+            batch, image_sizes = self._preprocess(chosen, size)
+            with torch.inference_mode():
+                proposals = self._pipeline.propose(self._pipeline.trunk(batch), size, image_sizes)
+            for row, index in enumerate(indices):
+                n = int(proposals.counts[row])
+                ratio = _ratio(pixels[index], image_sizes[row])
+                found[index] = ProposalBoxes(
+                    proposals.boxes[row, :n].numpy() * ratio, proposals.scores[row, :n].numpy().copy()
+                )
+        return [proposal for proposal in found if proposal is not None]
+
+    def thresholds(
+        self, score: float | None = None, nms: float | None = None, max_detections: int | None = None
+    ) -> Thresholds:
+        """The spec's thresholds with those given instead. Raises ValueError outside 0..1 or below one detection."""
+        return Thresholds.of(self.spec).override(
+            box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=max_detections
+        )
+
+    def _detect(self, images: Sequence[Pixels], thresholds: Thresholds) -> list[Detections | NonFiniteError]:
+        results: list[Detections | NonFiniteError | None] = [None] * len(images)
+        for indices, size in self._batches(images):
+            batch, image_sizes = self._preprocess([images[i] for i in indices], size)
+            with torch.inference_mode():
+                padded = self._pipeline(batch, image_sizes, thresholds)
+            for row, index in enumerate(indices):
+                results[index] = self._trim(padded, row, images[index], image_sizes[row])
+        return [result for result in results if result is not None]
+
+    def _batches(self, images: Sequence[Pixels]) -> Iterator[tuple[list[int], tuple[int, int]]]:
+        """Indices of images that share a padded size, at most batch_size at a time."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(padded_size(self._resized(image), self.spec.size_divisor), []).append(index)
+        for size, indices in groups.items():
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size], size
+
+    def _resized(self, image: Pixels) -> tuple[int, int]:
+        return resized_size(image.shape[0], image.shape[1], self.spec.min_size, self.spec.max_size)
+
+    def _preprocess(self, images: Sequence[Pixels], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = pack_images([torch.from_numpy(image) for image in images])
+        image_sizes = torch.tensor([self._resized(image) for image in images], dtype=torch.int64)
+        batch = preprocess(
+            *packed,
+            image_sizes,
+            size,
+            self.spec.image_mean,
+            self.spec.image_std,
+            reverse_channels=self.spec.channel_order == "bgr",
+        )
+        return batch, image_sizes
+
+    def _trim(
+        self, padded: PaddedDetections, row: int, image: Pixels, image_size: torch.Tensor
+    ) -> Detections | NonFiniteError:
+        """Row ``row`` on the host, boxes back in pixels of the original image."""
+        if int(padded.status[row]) == NON_FINITE:
+            return NonFiniteError("the network gave NaN or infinity; check the checkpoint's weights")
+        n = int(padded.counts[row])
+        return Detections(
+            boxes=padded.boxes[row, :n].numpy() * _ratio(image, image_size),
+            scores=padded.scores[row, :n].numpy().copy(),
+            labels=padded.labels[row, :n].numpy().copy(),
+            image_size=(image.shape[0], image.shape[1]),
+            categories=self.spec.categories,
+        )
+
+
+def _ratio(image: Pixels, resized: torch.Tensor) -> NDArray[np.float32]:
+    """Original over resized side as x, y, x, y, rounded to float32 before it multiplies, as torchvision does."""
+    h, w = (np.float32(side) / np.float32(new) for side, new in zip(image.shape[:2], resized.tolist(), strict=True))
+    return np.array([w, h, w, h], dtype=np.float32)
+
+
+def _attempt(
+    read: Callable[[str | os.PathLike[str]], Pixels], path: str | os.PathLike[str]
+) -> Pixels | FpnEngineError:
+    try:
+        return read(path)
+    except FpnEngineError as error:
+        return error
