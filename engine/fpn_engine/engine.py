@@ -208,9 +208,7 @@ def _ratio(image: Pixels, resized: torch.Tensor) -> NDArray[np.float32]:
     return np.array([w, h, w, h], dtype=np.float32)
 
 
-def _attempt(
-    read: Callable[[str | os.PathLike[str]], Pixels], path: str | os.PathLike[str]
-) -> Pixels | FpnEngineError:
+def _attempt(read: Callable[[str | os.PathLike[str]], Pixels], path: str | os.PathLike[str]) -> Pixels | FpnEngineError:
     try:
         return read(path)
     except FpnEngineError as error:

@@ -6,8 +6,9 @@ trunk -> select -> decode -> NMS per level -> RoIAlign -> box head -> candidates
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Thresholds:
             box_detections_per_img=spec.box_detections_per_img,
         )
 
-    def override(self, **changes: float | int | None) -> Self:
+    def override(self, **changes: Any) -> Self:
         """A copy with those of ``changes`` that are not None."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
@@ -112,7 +113,7 @@ class Pipeline:
         proposals = self.propose(out, images.shape[-2:], image_sizes)
         return self.classify(out, proposals, image_sizes, thresholds)
 
-    def propose(self, out: TrunkOutput, padded_size: tuple[int, int], image_sizes: Tensor) -> Proposals:
+    def propose(self, out: TrunkOutput, padded_size: Sequence[int], image_sizes: Tensor) -> Proposals:
         """The RPN's proposals: k best per level, decoded and clipped, NMS within the level, then the best of all."""
         spec = self.spec
         k = spec.rpn_pre_nms_top_n_test

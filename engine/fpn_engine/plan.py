@@ -111,7 +111,9 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
     try:
         info = archive.getinfo(MANIFEST)
     except KeyError:
-        raise PlanError(f"{path} is not a plan: it has no {MANIFEST}; make one with: fpn-engine build model.onnx") from None
+        raise PlanError(
+            f"{path} is not a plan: it has no {MANIFEST}; make one with: fpn-engine build model.onnx"
+        ) from None
     if info.file_size > MAX_MANIFEST_BYTES:
         raise PlanError(f"{path} is not a plan: its {MANIFEST} has {info.file_size} bytes")
     try:

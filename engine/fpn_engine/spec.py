@@ -102,6 +102,8 @@ class ModelSpec:
             "three positive numbers",
             self.image_std,
         )
+        for name in ("levels", "roi_levels", "anchor_sizes", "aspect_ratios"):
+            _require(len(getattr(self, name)) >= 1, name, "a list with at least one entry", getattr(self, name))
         first, last = self.levels[0], self.levels[-1]
         _require(self.levels == tuple(range(first, last + 1)), "levels", "consecutive, finest first", self.levels)
         _require(
@@ -124,6 +126,9 @@ class ModelSpec:
             self.anchor_sizes,
         )
         _require(len(self.bbox_reg_weights) == 4, "bbox_reg_weights", "four numbers", self.bbox_reg_weights)
+        sizes = [side for level in self.anchor_sizes for side in level]
+        _require(bool(sizes) and min(sizes) > 0, "anchor_sizes", "positive pixels", self.anchor_sizes)
+        _require(min(self.aspect_ratios) > 0, "aspect_ratios", "positive", self.aspect_ratios)
         pool = self.box_roi_pool
         _require(pool.output_size >= 1, "box_roi_pool.output_size", "at least 1", pool.output_size)
         _require(

@@ -169,7 +169,11 @@ def _join(trunk: ModelProto, head: ModelProto, spec: ModelSpec) -> ModelProto:
     overridable = {t.name: t for t in initializers if t.name in OVERRIDABLE}
     inputs += [tensor_info(name, t.data_type, tuple(t.dims)) for name, t in overridable.items()]
     graph = helper.make_graph(
-        [*trunk.graph.node, *first.nodes, *head.graph.node, *second.nodes], "fpn_detector", inputs, outputs, initializers
+        [*trunk.graph.node, *first.nodes, *head.graph.node, *second.nodes],
+        "fpn_detector",
+        inputs,
+        outputs,
+        initializers,
     )
     joined = helper.make_model(
         graph,

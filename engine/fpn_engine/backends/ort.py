@@ -21,6 +21,8 @@ def session_options(threads: int | None = None) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # Its threads would spin on for a while after a run, on the cores that the ops in between need.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
