@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import secrets
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError
+from fpn_engine.files import replacing
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, both ends inside
@@ -81,21 +79,13 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     Raises: FpnEngineError for an unknown suffix, no permission, a full disk.
     """
     path = Path(path)
-    if path.suffix.lower() not in Image.registered_extensions():
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if format is None:
         raise FpnEngineError(f"cannot save {path}: unknown picture format {path.suffix!r}; use .jpg or .png")
-    temporary = path.with_name(f".fpn-{secrets.token_hex(8)}{path.suffix}")
-    # 4:4:4 keeps thin coloured lines sharp; the other formats ignore both options.
-    options: dict[str, Any] = {"quality": 92, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, **options)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FpnEngineError(f"cannot save {path}: {reason}; free some space or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):  # where the folder refuses us, nothing was left either
-            temporary.unlink(missing_ok=True)
+    # 4:4:4 keeps thin coloured lines sharp.
+    options: dict[str, Any] = {"quality": 92, "subsampling": 0} if format == "JPEG" else {}
+    with replacing(path) as temporary:
+        picture.save(temporary, format=format, **options)
 
 
 def category_color(index: int) -> Color:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,24 +16,35 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends well.
 
     On any exception, KeyboardInterrupt included, the temporary is removed and ``path`` is as it was. A missing folder
-    is made. Raises FpnEngineError where the disk or a permission says no.
+    is made; a link stays a link. Raises FpnEngineError where the disk or a permission says no, and for folders, devices
+    and pipes.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            what = "a folder" if target.is_dir() else "a device or pipe"
+            raise FpnEngineError(f"cannot write {path}: it is {what}; give the name of a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise FpnEngineError(f"cannot write {path}: {error.strerror or error}") from None
+        raise FpnEngineError(
+            f"cannot write {path}: {error.strerror or error}; give a place that is writable and has space"
+        ) from None
 
 
 def remove_stale(path: Path) -> None:
     """Remove temporaries that a killed process left beside ``path``. Call it while holding the lock on ``path``."""
-    for left in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+    target = Path(os.path.realpath(path))
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+\.tmp")
+    with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+        for left in target.parent.iterdir():
+            if ours.fullmatch(left.name):
+                left.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
@@ -44,17 +55,13 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FpnEngineError(
-            f"cannot use the cache folder {folder}: {error.strerror}; set FPN_ENGINE_CACHE to one that is writable"
-        ) from None
+        raise unusable_cache(folder, error) from None
     return folder
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def unusable_cache(folder: Path, error: OSError) -> FpnEngineError:
+    """What to say when the cache folder, or something in it, cannot be written."""
+    return FpnEngineError(
+        f"cannot use the cache folder {folder}: {error.strerror or error}; "
+        "set FPN_ENGINE_CACHE to a folder that is writable"
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,8 +20,11 @@ from fpn_engine.spec import ModelSpec
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_REASON = 200  # characters of a wrong value that a message repeats
 # A fixed time, so that the same build gives the same bytes.
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+# What zipfile raises on a crafted or damaged archive.
+_DAMAGE = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OverflowError, ValueError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +67,14 @@ class Manifest:
         known = {f.name for f in dataclasses.fields(cls)}
         if set(values) != known:
             raise ValueError(f"keys {sorted(set(values) ^ known)}")
-        parts = {str(name): Part(**part) for name, part in values["parts"].items()}
+        for name in ("backend", "precision", "device", "build_key", "source"):
+            _require_type(name, values[name], str)
+        for package, version in values["versions"].items():
+            _require_type(f"versions.{package}", version, str)
+        parts = {name: Part(**part) for name, part in values["parts"].items()}
+        for name, part in parts.items():
+            _require_type(f"parts.{name}.size", part.size, int)
+            _require_type(f"parts.{name}.sha256", part.sha256, str)
         return cls(**{**values, "spec": ModelSpec.from_dict(values["spec"]), "parts": parts})
 
 
@@ -86,25 +98,36 @@ def write_plan(path: Path, manifest: Manifest, parts: Mapping[str, bytes]) -> Ma
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest alone. Raises PlanError if the file is missing, is not a plan, or is of another format version."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _manifest(path, archive)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
+    with _open(path) as archive:
+        return _manifest(path, archive)
 
 
 def read_plan(path: Path) -> Plan:
     """The whole plan, every part checked against its digest. Raises PlanError in plain words."""
+    with _open(path) as archive:
+        manifest = _manifest(path, archive)
+        if sorted(archive.namelist()) != sorted([MANIFEST, *manifest.parts]):
+            raise PlanError(f"{path} is damaged: it holds other files than its {MANIFEST} says; {_rebuild(manifest)}")
+        return Plan(manifest, {name: _part(path, archive, name, manifest) for name in manifest.parts})
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
+        if path.exists() and not path.is_file():
+            raise PlanError(f"{path} is not a file; give a plan that fpn-engine build wrote")
         with zipfile.ZipFile(path) as archive:
-            manifest = _manifest(path, archive)
-            names = sorted(archive.namelist())
-            if names != sorted([MANIFEST, *manifest.parts]):
-                raise PlanError(f"{path} is damaged: it holds {names}; {_rebuild(manifest)}")
-            parts = {name: _part(path, archive, name, manifest) for name in manifest.parts}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
-    return Plan(manifest, parts)
+            yield archive
+    except FileNotFoundError:
+        raise PlanError(f"there is no plan {path}; make one with: fpn-engine build model.onnx -o {path}") from None
+    except OSError as error:
+        raise PlanError(
+            f"cannot read {path}: {error.strerror or error}; give a plan that fpn-engine build wrote"
+        ) from None
+    except _DAMAGE as error:
+        raise PlanError(
+            f"{path} is not a plan or is damaged ({error}); make one with: fpn-engine build model.onnx"
+        ) from None
 
 
 def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
@@ -115,11 +138,16 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
             f"{path} is not a plan: it has no {MANIFEST}; make one with: fpn-engine build model.onnx"
         ) from None
     if info.file_size > MAX_MANIFEST_BYTES:
-        raise PlanError(f"{path} is not a plan: its {MANIFEST} has {info.file_size} bytes")
+        raise PlanError(
+            f"{path} is not a plan: its {MANIFEST} has {info.file_size} bytes; "
+            "make one with: fpn-engine build model.onnx"
+        )
+    data = _read_stored(archive, info)
     try:
-        values = json.loads(archive.read(info))
+        values = json.loads(data)
         version = values["format_version"]
-    except (ValueError, TypeError, KeyError):
+        _require_type("format_version", version, int)
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise PlanError(f"{path} is damaged: its {MANIFEST} cannot be read; build it again") from None
     if version != FORMAT_VERSION:
         raise PlanError(
@@ -129,28 +157,29 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
     try:
         return Manifest.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PlanError(f"{path} is damaged: its {MANIFEST} has a wrong value ({error}); build it again") from None
+        reason = str(error)[:MAX_REASON]
+        raise PlanError(f"{path} is damaged: its {MANIFEST} has a wrong value ({reason}); build it again") from None
 
 
 def _part(path: Path, archive: zipfile.ZipFile, name: str, manifest: Manifest) -> bytes:
     part = manifest.parts[name]
-    if archive.getinfo(name).file_size != part.size:
+    info = archive.getinfo(name)
+    if info.file_size != part.size:
         raise PlanError(f"{path} is damaged: part {name} has the wrong size; {_rebuild(manifest)}")
     try:
-        data = archive.read(name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        data = _read_stored(archive, info)
+    except _DAMAGE:
         data = b""
     if _sha256(data) != part.sha256:
         raise PlanError(f"{path} is damaged: part {name} does not match its sha256; {_rebuild(manifest)}")
     return data
 
 
-def _unreadable(path: Path, error: Exception) -> PlanError:
-    if isinstance(error, FileNotFoundError):
-        return PlanError(f"there is no plan {path}; make one with: fpn-engine build model.onnx -o {path}")
-    if isinstance(error, OSError):
-        return PlanError(f"cannot read {path}: {error.strerror or error}")
-    return PlanError(f"{path} is not a plan or is damaged ({error}); make one with: fpn-engine build model.onnx")
+def _read_stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member as it lies in the file: nothing is unpacked, so that nothing is larger than the file."""
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise zipfile.BadZipFile(f"{info.filename} is compressed")
+    return archive.read(info)
 
 
 def _rebuild(manifest: Manifest) -> str:
@@ -158,7 +187,12 @@ def _rebuild(manifest: Manifest) -> str:
 
 
 def _rebuild_from(source: str) -> str:
-    return f"build it again with: fpn-engine build {source}"
+    return f"build it again with: fpn-engine build {shlex.quote(source) if source.isprintable() else 'model.onnx'}"
+
+
+def _require_type(name: str, value: object, kind: type) -> None:
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}")
 
 
 def _sha256(data: bytes) -> str:

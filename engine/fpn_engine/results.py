@@ -11,9 +11,8 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fpn_engine.detections import Detections
+from fpn_engine.detections import Detections, shortest_floats
 from fpn_engine.errors import AnnotationError, FpnEngineError
 
 FORMATS = ("json", "jsonl", "coco")
@@ -57,7 +56,7 @@ class JsonLinesWriter:
         self._stream = stream
 
     def write(self, detections: Detections) -> None:
-        _write(self._stream, _to_json(image_record(detections)) + "\n")
+        _write(self._stream, _to_json(detections.to_dict()) + "\n")
 
     def write_error(self, source: str, message: str) -> None:
         _write(self._stream, _to_json({"image": source, "error": message}) + "\n")
@@ -73,7 +72,7 @@ class JsonWriter:
         self._array = _Array(stream)
 
     def write(self, detections: Detections) -> None:
-        self._array.extend([image_record(detections)])
+        self._array.extend([detections.to_dict()])
 
     def write_error(self, source: str, message: str) -> None:
         self._array.extend([{"image": source, "error": message}])
@@ -117,15 +116,6 @@ class CocoWriter:
         self._array.close()
 
 
-def image_record(detections: Detections) -> dict[str, Any]:
-    """``detections.to_dict()`` with the shortest decimals that give back the same float32."""
-    record = detections.to_dict()
-    boxes, scores = shortest_floats(detections.boxes), shortest_floats(detections.scores)
-    for entry, box, score in zip(record["detections"], boxes, scores, strict=True):
-        entry.update(box=box, score=score)
-    return record
-
-
 def coco_results(detections: Detections, image_id: int | str) -> list[dict[str, Any]]:
     """The COCO results of one image: boxes as x, y, width, height in pixels of the original."""
     corners = detections.boxes
@@ -147,12 +137,6 @@ def find_image_id(source: str, image_ids: Mapping[str, int] | None) -> int | str
         if image_id is not None:
             return image_id
     raise AnnotationError(f"the annotations do not list the image {source!r}; give the file that belongs to it")
-
-
-def shortest_floats(values: NDArray[np.float32]) -> list[Any]:
-    """float32 as nested lists of Python floats with the fewest digits that round back: 0.98, not 0.980000019."""
-    shortest: list[Any] = values.astype(np.str_).astype(np.float64).tolist()
-    return shortest
 
 
 def completed_images(path: str | Path) -> set[str]:

@@ -104,11 +104,9 @@ class ModelSpec:
         )
         for name in ("levels", "roi_levels", "anchor_sizes", "aspect_ratios"):
             _require(len(getattr(self, name)) >= 1, name, "a list with at least one entry", getattr(self, name))
-        first, last = self.levels[0], self.levels[-1]
-        _require(self.levels == tuple(range(first, last + 1)), "levels", "consecutive, finest first", self.levels)
+        _require(self.levels == _consecutive(self.levels), "levels", "consecutive, finest first", self.levels)
         _require(
-            set(self.roi_levels) <= set(self.levels)
-            and self.roi_levels == tuple(range(self.roi_levels[0], self.roi_levels[-1] + 1)),
+            set(self.roi_levels) <= set(self.levels) and self.roi_levels == _consecutive(self.roi_levels),
             "roi_levels",
             f"consecutive and among {self.levels}",
             self.roi_levels,
@@ -164,7 +162,7 @@ class ModelSpec:
     def from_json(cls, text: str) -> Self:
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"the model specification is not valid JSON: {error}") from None
         return cls.from_dict(values)
 
@@ -181,7 +179,7 @@ class ModelSpec:
             return cls(**{name: _convert(known[name], value) for name, value in values.items()})
         except SpecError:
             raise
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise SpecError(f"the model specification has a value of the wrong form: {error}") from None
 
 
@@ -193,6 +191,10 @@ def numbered_categories(count: int) -> tuple[Category, ...]:
 def _require(ok: bool, name: str, allowed: str, given: object) -> None:
     if not ok:
         raise SpecError(f"{name} must be {allowed}, not {given!r}")
+
+
+def _consecutive(levels: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(levels[0], levels[0] + len(levels)))
 
 
 def _require_one_of(name: str, given: str, allowed: Sequence[str]) -> None:

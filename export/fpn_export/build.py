@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import onnxruntime as ort
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from onnx import ModelProto
 
 import fpn_engine
 from fpn_engine.backends.ort import PROVIDERS, session_options
-from fpn_engine.errors import FpnEngineError, ModelError
-from fpn_engine.files import cache_folder, remove_stale, sha256_of
-from fpn_engine.plan import FORMAT_VERSION, Manifest, read_manifest, write_plan
+from fpn_engine.errors import FpnEngineError, ModelError, PlanError
+from fpn_engine.files import cache_folder, remove_stale, unusable_cache
+from fpn_engine.plan import FORMAT_VERSION, Manifest, read_plan, write_plan
+from fpn_engine.spec import ModelSpec
 from fpn_export.onnx_cut import cut_head, cut_trunk
-from fpn_export.onnx_file import read_onnx
+from fpn_export.onnx_file import parse_onnx, read_bytes
 
 BACKEND = "onnxruntime"
 PRECISION = "fp32"
@@ -37,25 +41,27 @@ def build_plan(
 ) -> Built:
     """Cut, optimise and write the plan for an ONNX file.
 
-    A plan already there with the same build key (the file's digest, the options and the versions) is left as it is.
-    Builds of one plan wait for each other; an interrupted build leaves the old plan or none.
+    A sound plan already there with the same build key (the file's digest, the options and the versions) is left as it
+    is. Builds of one plan wait for each other; an interrupted build leaves the old plan or none.
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    on_progress("read")
-    digest = _digest(model_path)
-    key = _build_key(digest)
-    with _lock(plan_path):
-        remove_stale(plan_path)
+    if plan_path.is_dir():
+        raise PlanError(f"cannot write {plan_path}: it is a folder; give the name of a file")
+    if os.path.realpath(plan_path) == os.path.realpath(model_path):
+        raise PlanError(f"the plan would replace the model {model_path}; give another name with -o")
+    with _alone(plan_path, on_progress) as work:
+        on_progress("read")
+        data = read_bytes(model_path)
+        key = _build_key(hashlib.sha256(data).hexdigest())
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
-        model, spec = read_onnx(model_path)
+        model, spec = parse_onnx(model_path, data)
         on_progress("cut")
-        trunk, head = cut_trunk(model, spec), cut_head(model, spec)
         parts = {}
-        for name, part in (("trunk", trunk), ("head", head)):
+        for name, part in _cut(model_path, model, spec).items():
             on_progress(f"optimise {name}")
-            parts[f"{name}.onnx"] = _optimise(part.SerializeToString())
+            parts[f"{name}.onnx"] = _optimise(model_path, part.SerializeToString(), work / f"{name}.onnx")
         on_progress("write")
         manifest = Manifest(
             spec=spec,
@@ -69,13 +75,6 @@ def build_plan(
         return Built(plan_path, write_plan(plan_path, manifest, parts), cached=False)
 
 
-def _digest(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
-
-
 def _versions() -> dict[str, str]:
     return {"fpn-engine": fpn_engine.__version__, "onnxruntime": ort.__version__}
 
@@ -86,25 +85,60 @@ def _build_key(digest: str) -> str:
 
 
 def _existing(path: Path, key: str) -> Manifest | None:
+    """The manifest of a plan with this key, every part checked: a damaged plan is built again."""
     try:
-        manifest = read_manifest(path)
+        manifest = read_plan(path).manifest
     except FpnEngineError:
         return None
     return manifest if manifest.build_key == key else None
 
 
-def _lock(path: Path) -> FileLock:
-    folder = cache_folder() / "locks"
-    folder.mkdir(exist_ok=True)
-    return FileLock(folder / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}.lock")
+@contextlib.contextmanager
+def _alone(plan_path: Path, on_progress: Callable[[str], None]) -> Iterator[Path]:
+    """Hold the lock on ``plan_path`` and yield an empty working folder; what a killed holder left is removed."""
+    folder = cache_folder() / "builds"
+    name = hashlib.sha256(os.fsencode(os.path.realpath(plan_path))).hexdigest()[:16]
+    work = folder / name
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        folder.mkdir(exist_ok=True)
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            on_progress("wait for another build of this plan")
+            held = lock.acquire()
+    except OSError as error:
+        raise unusable_cache(folder, error) from None
+    with held:
+        remove_stale(plan_path)
+        try:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        except OSError as error:
+            raise unusable_cache(folder, error) from None
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
-def _optimise(model: bytes) -> bytes:
+def _cut(path: Path, model: ModelProto, spec: ModelSpec) -> dict[str, ModelProto]:
+    try:
+        return {"trunk": cut_trunk(model, spec), "head": cut_head(model, spec)}
+    except (ModelError, ValueError) as error:  # onnx raises ValueError for a graph that hangs together badly
+        raise ModelError(f"cannot cut {path}: {error}") from None
+
+
+def _optimise(path: Path, model: bytes, optimised: Path) -> bytes:
     """ONNX Runtime's graph optimisation up to the level that does not depend on the processor."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "model.onnx"
-        options = session_options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(optimised)
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(optimised)
+    try:
         ort.InferenceSession(model, options, providers=PROVIDERS)
         return optimised.read_bytes()
+    except Exception as error:  # ONNX Runtime's own exceptions share no public base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"ONNX Runtime {ort.__version__} cannot optimise {path} ({reason}); export it again or free some disk space"
+        ) from None

@@ -16,7 +16,7 @@ import fpn_engine
 from fpn_engine.errors import ModelError
 from fpn_engine.spec import ModelSpec
 from fpn_export.batch_norm import fold_batch_norm
-from fpn_export.detector import FasterRCNN
+from fpn_export.detector import FasterRCNN, FpnDetector
 from fpn_export.onnx_detections import add_detections, add_roi_align, add_status
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
 from fpn_export.onnx_proposals import add_proposals, box_limits
@@ -25,7 +25,8 @@ OPSET = 20
 IR_VERSION = 10  # what ONNX Runtime 1.22 and later read; onnx itself would write a newer one
 SPEC_KEY = "fpn_engine.spec"
 VERSION_KEY = "fpn_engine.version"
-LARGEST_SIDE = 512 * 32  # bound of the symbolic image side during export; not a limit of the file
+# Bounds of the symbolic sizes while exporting; not limits of the file. torch.export wants a finite range.
+MAX_BATCH, MAX_CELLS = 4096, 512
 OVERRIDABLE = ("rpn_nms_thresh", "rpn_score_thresh", "box_score_thresh", "box_nms_thresh", "box_detections_per_img")
 
 
@@ -59,7 +60,7 @@ def trunk_outputs(spec: ModelSpec) -> list[str]:
 
 
 def export_onnx(
-    model: FasterRCNN, spec: ModelSpec, *, on_progress: Callable[[str], None] = lambda step: None
+    model: FpnDetector, spec: ModelSpec, *, on_progress: Callable[[str], None] = lambda step: None
 ) -> ModelProto:
     """Export a Faster R-CNN as one self-contained ONNX model: opset 20, IR 10.
 
@@ -69,11 +70,14 @@ def export_onnx(
     ``status`` (N,) int64 (0 ok, 1 non-finite). The initializers in ``OVERRIDABLE`` are optional inputs too.
     The spec is in ``metadata_props`` under ``fpn_engine.spec``.
 
-    Raises: ModelError if the exported file does not pass ONNX's checker.
+    Raises: ModelError for a model without an RPN, or if the file does not pass ONNX's checker.
     """
+    if not isinstance(model, FasterRCNN):
+        raise ModelError("only Faster R-CNN can be exported; Fast R-CNN on given proposals runs in PyTorch for now")
     folded = fold_batch_norm(model)
     on_progress("trunk")
-    batch, h, w = (torch.export.Dim(name, max=limit) for name, limit in (("batch", 4096), ("h", 512), ("w", 512)))
+    batch = torch.export.Dim("batch", max=MAX_BATCH)
+    h, w = (torch.export.Dim(name, max=MAX_CELLS) for name in ("h", "w"))  # in cells of C5, 32 pixels
     trunk = _export_part(
         _TrunkModule(folded),
         torch.zeros(2, 3, 128, 192),

@@ -1,0 +1,92 @@
+"""``fpn-engine eval``: the COCO score of a plan on annotated images."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fpn_engine.cli.console import counting, note
+from fpn_engine.errors import FpnEngineError
+
+if TYPE_CHECKING:
+    from fpn_engine.annotations import CocoGroundTruth
+    from fpn_engine.engine import Engine
+
+
+def evaluate(
+    annotations: Annotated[Path, typer.Option(help="COCO instances JSON.", show_default=False)],
+    images: Annotated[Path, typer.Option(help="Folder of the images that it names.", show_default=False)],
+    plan: Annotated[Path | None, typer.Option(help="The plan to score; default as for infer.")] = None,
+    proposals: Annotated[
+        bool, typer.Option("--proposals", help="Score the RPN's proposals: AR@100, AR@1k (paper table 1).")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Most images run at once.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default one per core.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
+) -> None:
+    """Score a plan with the COCO metric: AP, AP50, AP75, by size and class, and average recall."""
+    from fpn_engine.annotations import load_annotations
+    from fpn_engine.discovery import find_plan
+    from fpn_engine.engine import Engine
+
+    truth = load_annotations(annotations)
+    files = _find_files(truth, images)
+    found = find_plan(plan)
+    if found.reason:
+        note(f"using {found.path} ({found.reason})")
+    engine = Engine.load(found.path, batch_size=batch, threads=threads)
+    with counting("detecting", len(files)) as advance:
+        score = (_score_proposals if proposals else _score_detections)(engine, truth, files, advance)
+    if json:
+        typer.echo(json_module.dumps(score.to_dict()))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(score.to_table())
+
+
+def _find_files(truth: CocoGroundTruth, folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        raise FpnEngineError(f"there is no folder {folder}; --images names the folder of the annotated images")
+    files = {image.id: folder / image.file_name for image in truth.images}
+    missing = [path for path in files.values() if not path.is_file()]
+    if missing:
+        raise FpnEngineError(
+            f"{len(missing)} of {len(files)} annotated images are not in {folder}, the first is {missing[0].name}; "
+            "check --images"
+        )
+    return files
+
+
+def _score_detections(engine: Engine, truth: CocoGroundTruth, files: dict[int, Path], advance: Any) -> Any:
+    from fpn_engine.detections import Detections
+    from fpn_engine.evaluation import score_detections
+    from fpn_engine.results import coco_results
+
+    truth.check_categories(engine.spec.categories)
+    results: list[dict[str, Any]] = []
+    for image_id, outcome in zip(files, engine.stream(files.values()), strict=True):
+        if not isinstance(outcome.result, Detections):
+            raise outcome.result  # a score over the rest would not be the score
+        results += coco_results(outcome.result, image_id)
+        advance()
+    return score_detections(truth, results)
+
+
+def _score_proposals(engine: Engine, truth: CocoGroundTruth, files: dict[int, Path], advance: Any) -> Any:
+    from fpn_engine.evaluation import score_proposals
+
+    found = {}
+    for image_id, boxes in zip(files, _propose(engine, files.values()), strict=True):
+        found[image_id] = boxes
+        advance()
+    return score_proposals(truth, found)
+
+
+def _propose(engine: Engine, paths: Iterable[Path]) -> Iterator[Any]:
+    for path in paths:
+        yield from engine.propose(path)

@@ -1,0 +1,111 @@
+"""``fpn-engine info``: what a file is and what it needs."""
+
+from __future__ import annotations
+
+import json as json_module
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, an ONNX file or a plan.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON on stdout.")] = False,
+) -> None:
+    """Say what a checkpoint, ONNX file or plan is, what it detects and what it needs."""
+    facts = _describe(file)
+    if json:
+        typer.echo(json_module.dumps(facts, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table("name", Column("value", overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _rows(facts):
+        table.add_row(Text(name, style="bold"), Text(value))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    from fpn_engine.plan import MANIFEST
+
+    if path.suffix == ".onnx":
+        return _describe_onnx(path)
+    if path.suffix == ".plan" or (zipfile.is_zipfile(path) and MANIFEST in zipfile.ZipFile(path).namelist()):
+        return _describe_plan(path)
+    from fpn_export.checkpoint import describe_checkpoint
+
+    return describe_checkpoint(path)
+
+
+def _describe_plan(path: Path) -> dict[str, Any]:
+    from fpn_engine.plan import read_plan
+
+    manifest = read_plan(path).manifest
+    return {
+        "kind": "plan",
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "format_version": manifest.format_version,
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "device": manifest.device,
+        "built with": manifest.versions,
+        "built from": manifest.source,
+        "spec": manifest.spec.to_dict(),
+    }
+
+
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    from fpn_export.onnx_file import read_onnx
+
+    model, spec = read_onnx(path)
+    return {
+        "kind": "ONNX model",
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "opset": max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        "ir_version": model.ir_version,
+        "written by": f"{model.producer_name} {model.producer_version}",
+        "nodes": len(model.graph.node),
+        "inputs": [value.name for value in model.graph.input],
+        "outputs": [value.name for value in model.graph.output],
+        "spec": spec.to_dict(),
+    }
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What people want to know first; --json has the rest."""
+    spec = facts["spec"]
+    pool = spec["box_roi_pool"]
+    rows = [(facts["kind"], facts["file"]), ("size", f"{facts['bytes'] / 1e6:.1f} MB")]
+    if facts["kind"] == "checkpoint":
+        rows.append(("sha256", facts["sha256"]))
+        rows.append(("parameters", f"{facts['parameters'] / 1e6:.1f} million"))
+    elif facts["kind"] == "plan":
+        rows.append(("runs on", f"{facts['backend']} {facts['precision']}, {facts['device'].upper()}"))
+        rows.append(("built with", ", ".join(f"{name} {version}" for name, version in facts["built with"].items())))
+        rows.append(("built from", facts["built from"]))
+    else:
+        rows.append(("format", f"opset {facts['opset']}, IR {facts['ir_version']}, {facts['nodes']} nodes"))
+        rows.append(("written by", facts["written by"]))
+        rows.append(("inputs", ", ".join(facts["inputs"])))
+        rows.append(("outputs", ", ".join(facts["outputs"])))
+    rows += [
+        ("model", f"{spec['model']} {spec['arch']}, pyramid of {spec['fpn_channels']} channels"),
+        ("classes", ", ".join(f"{category['id']} {category['name']}" for category in spec["categories"])),
+        ("image size", f"short side {spec['min_size']}, long side at most {spec['max_size']} pixels"),
+        ("normalisation", f"{spec['channel_order'].upper()}, mean {spec['image_mean']}, std {spec['image_std']}"),
+        ("anchors", f"sizes {spec['anchor_sizes']}, ratios {spec['aspect_ratios']}"),
+        ("RoIAlign", f"{pool['output_size']} x {pool['output_size']}, {pool['sampling_ratio'] or 'adaptive'} samples"),
+        ("thresholds", f"score {spec['box_score_thresh']}, NMS {spec['box_nms_thresh']}"),
+        ("most boxes", f"{spec['box_detections_per_img']} per image"),
+    ]
+    if facts["kind"] != "checkpoint":
+        rows.append(("trained as", spec["source"] or "unknown"))
+    for number, sentence in enumerate(facts.get("needs", [])):
+        rows.append(("to be stated" if number == 0 else "", sentence))
+    return rows
