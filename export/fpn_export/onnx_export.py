@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import fpn_engine
@@ -95,6 +96,7 @@ def export_onnx(
         {"roi_features": {0: torch.export.Dim("rois")}},
     )
     on_progress("proposals and detections")
+    _upsample_by_two(trunk)
     joined = _join(_rename(trunk, "trunk/"), _rename(head, "head/"), spec)
     try:
         onnx.checker.check_model(joined, full_check=True)
@@ -127,6 +129,24 @@ def _export_part(
         quiet.setLevel(level)
     assert program is not None  # with dynamo=True and no file the exporter returns a program
     return program.model_proto
+
+
+def _upsample_by_two(trunk: ModelProto) -> None:
+    """Give every Resize the constant scale 2 instead of a size computed from shapes.
+
+    Sides are multiples of 32, so each level is exactly twice the next; runtimes fuse a constant scale.
+    """
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], dtype=np.float32), "upsample_scales")
+    trunk.graph.initializer.append(scales)
+    for node in trunk.graph.node:
+        if node.op_type == "Resize":
+            node.input[:] = [node.input[0], "", scales.name]
+    needed = {value.name for value in trunk.graph.output}
+    for node in reversed(list(trunk.graph.node)):  # the sizes' computation is dead now
+        if needed.isdisjoint(node.output):
+            trunk.graph.node.remove(node)
+        else:
+            needed.update(node.input)
 
 
 def _rename(model: ModelProto, prefix: str) -> ModelProto:
