@@ -132,7 +132,7 @@ class Pipeline:
         groups = levels.expand(len(logits), -1)
         keep, counts = padded_nms(boxes, scores, groups, spec.rpn_nms_thresh, spec.rpn_post_nms_top_n_test)
         if counts.device.type == "cpu":  # reading a count costs nothing here and saves the head empty rows
-            keep = keep[:, : int(counts.max()) if len(counts) else 0]
+            keep = keep[:, : max(1, int(counts.max()))]
         return Proposals(_take(boxes, keep), _take(scores[..., None], keep)[..., 0], counts)
 
     def classify(

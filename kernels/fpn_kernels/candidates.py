@@ -16,9 +16,7 @@ def candidate_capacity(num_proposals: int, num_classes: int, score_thresh: float
 
     The sum may be above 1 by rounding, hence the 1e-5.
     """
-    foreground = num_classes - 1
-    per_roi = foreground if score_thresh <= 0 else min(foreground, int((1.0 + 1e-5) / score_thresh))
-    return num_proposals * per_roi
+    return num_proposals * int(min(num_classes - 1, (1 + 1e-5) / max(score_thresh, 1e-9)))
 
 
 def select_candidates_reference(

@@ -76,7 +76,8 @@ def decode_proposals_reference(
         chosen = flatten_anchors(level, num_anchors).gather(1, index[..., None].expand(-1, -1, 4))
         boxes.append(decode_boxes(anchors, chosen.to(torch.float32)))
     clipped = clip_boxes(torch.cat(boxes, dim=1), image_sizes)
-    scores = logits.sigmoid()
+    # Not torch.sigmoid, which on the CPU rounds by position in the tensor: ties have to stay ties in any batch.
+    scores = 1 / (1 + (-logits).exp())
     keep = large_enough(clipped, min_size) & (scores >= score_thresh)
     return torch.where(keep[..., None], clipped, 0.0), torch.where(keep, scores, -torch.inf)
 

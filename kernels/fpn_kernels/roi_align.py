@@ -79,7 +79,8 @@ def _pool_level(
 ) -> Tensor:
     """RoIAlign of (R, 5) finite RoIs in pixels on one (N, C, H, W) level: (R, S, S, C)."""
     _, c, h, w = features.shape
-    table = features.permute(0, 2, 3, 1).reshape(-1, c)
+    # Contiguous even where one image's reshape is a view: other layouts take a slower path of other rounding.
+    table = features.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
     cells = rois * torch.tensor([1.0] + [1.0 / stride] * 4, device=rois.device)
     # A finite coordinate far outside reads nothing; the limit keeps sums of it finite too.
     cells[:, 1:] = cells[:, 1:].clamp(-1e6, 1e6) - (0.5 if aligned else 0.0)

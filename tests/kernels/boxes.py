@@ -1,8 +1,9 @@
-"""Boxes for the tests: random ones, awkward ones, and greedy NMS written as plainly as can be."""
+"""Boxes for the tests, random and awkward, features to pool them from, and greedy NMS as plain as can be."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_boxes(count: int, size: tuple[int, int] = REAL_SIZE, *, largest: float = 400, seed: int = 0) -> Tensor:
+def random_boxes(count: int, size: tuple[float, float] = REAL_SIZE, *, largest: float = 400, seed: int = 0) -> Tensor:
     """(count, 4) proper boxes, centred inside the image, log-uniform in side from 4 pixels to ``largest``."""
     rand = torch.rand(4, count, generator=seeded(seed))
     h, w = (4 * (largest / 4) ** r for r in rand[:2])
@@ -31,6 +32,19 @@ def clustered_boxes(count: int, objects: int, *, seed: int = 0) -> Tensor:
     centre = random_boxes(objects, seed=seed)[torch.randint(objects, (count,), generator=seeded(seed + 1))]
     sides = (centre[:, 2:] - centre[:, :2]).repeat(1, 2)
     return centre + 0.1 * sides * torch.randn(count, 4, generator=seeded(seed + 2))
+
+
+def make_rois(per_image: int, n: int = 2, size: tuple[float, float] = REAL_SIZE, *, largest: float = 400) -> Tensor:
+    """(n * per_image, 5) RoIs, image by image; some reach over the border."""
+    boxes = random_boxes(n * per_image, size, largest=largest)
+    return torch.cat([torch.arange(n).repeat_interleave(per_image)[:, None], boxes], dim=1)
+
+
+def make_pyramid(
+    n: int = 2, c: int = 4, levels: Sequence[tuple[int, int]] = REAL_LEVELS[:4], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Features of each level, (n, c, H, W), all different."""
+    return [torch.randn(n, c, h, w, generator=seeded(h)).to(dtype) for h, w in levels]
 
 
 # Few distinct values, so that ties, identical boxes, zero areas and inverted boxes are the rule, and IoUs are simple

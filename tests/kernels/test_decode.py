@@ -10,8 +10,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image
 
-from fpn_kernels import clip_boxes, decode_boxes, decode_proposals, make_base_anchors, padded_nms, select_topk
-from tests.kernels.boxes import REAL_LEVELS, REAL_SIZE, random_boxes, seeded
+from fpn_kernels import decode_proposals, make_base_anchors, padded_nms, select_topk
+from tests.kernels.boxes import REAL_LEVELS, REAL_SIZE, seeded
 
 RATIOS = (0.5, 1.0, 2.0)
 SIZES = ((32,), (64,), (128,), (256,), (512,))
@@ -24,7 +24,7 @@ def make_outputs(n, shapes=REAL_LEVELS, dtype=torch.float32, seed=0):
     counts = [3 * h * w for h, w in shapes]
     total = n * sum(counts)
     order = torch.randperm(total, generator=seeded(seed))
-    logits = torch.linspace(-4, 4, total)[order].view(n, -1).split(counts, dim=1)
+    logits = torch.linspace(-4, 4, total)[order].view(n, sum(counts)).split(counts, dim=1)
     objectness = [v.view(n, h, w, 3).permute(0, 3, 1, 2) for v, (h, w) in zip(logits, shapes, strict=True)]
     deltas = [0.4 * torch.randn(n, 12, h, w, generator=seeded(seed + 1)) for h, w in shapes]
     return objectness, [level.to(dtype) for level in deltas]
@@ -33,48 +33,20 @@ def make_outputs(n, shapes=REAL_LEVELS, dtype=torch.float32, seed=0):
 def torchvision_proposals(objectness, deltas, padded_size, n):
     """All decoded boxes (N, K, 4), not clipped, and logits (N, K), in torchvision's order."""
     images = ImageList(torch.empty(n, 3, *padded_size, device="meta"), [padded_size] * n)
+    deltas = [level.float() for level in deltas]
     anchors = AnchorGenerator(SIZES, (RATIOS,) * 5)(images, deltas)
     logits, flat = concat_box_prediction_layers(objectness, deltas)
-    boxes = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode(flat.float(), anchors)
+    boxes = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode(flat, anchors)
     return boxes.view(n, -1, 4), logits.view(n, -1)
 
 
-@pytest.mark.parametrize("sizes", [(32,), (512,), (16, 33, 100), (7.5,)], ids=str)
-@pytest.mark.parametrize("ratios", [RATIOS, (1.0,), (0.3, 3.7)], ids=str)
-def test_base_anchors_equal_torchvision(sizes, ratios):
-    assert torch.equal(make_base_anchors(sizes, ratios), AnchorGenerator().generate_anchors(sizes, ratios))
-
-
-def test_base_anchors_of_the_paper():
-    assert make_base_anchors((32,), RATIOS).tolist() == [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
-    assert make_base_anchors((5,), (1.0,)).tolist() == [[-2, -2, 2, 2]], "2.5 rounds to even"
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)], ids=str)
-def test_decode_boxes_equals_torchvision(weights):
-    anchors, deltas = random_boxes(5000), 3 * torch.randn(5000, 4, generator=seeded())
-    assert torch.equal(decode_boxes(anchors, deltas, weights), BoxCoder(weights).decode_single(deltas, anchors))
-
-
-def test_huge_deltas_are_limited():
-    anchor = torch.tensor([0.0, 0.0, 16.0, 32.0])
-    for huge in (1e3, 3e38, math.inf):
-        grown = decode_boxes(anchor, torch.tensor([0.0, 0.0, huge, huge]))
-        torch.testing.assert_close(grown, torch.tensor([-492.0, -984.0, 508.0, 1016.0]))
-    assert decode_boxes(anchor, torch.tensor([0.0, 0.0, -1e3, -math.inf])).tolist() == [8, 16, 8, 16]
-
-
-def test_clip_boxes_equals_torchvision():
-    boxes = torch.stack([random_boxes(200, largest=3000, seed=i) for i in range(3)])
-    boxes[0, :3] = torch.tensor([[-1e30, -1e30, 1e30, 1e30], [50, 60, 40, 20], [math.nan, 1, math.inf, 1e9]])
-    sizes = [(800, 1216), (1, 1), (333, 500)]
-    clipped = clip_boxes(boxes, torch.tensor(sizes))
-    expected = [clip_boxes_to_image(image, size) for image, size in zip(boxes, sizes, strict=True)]
-    torch.testing.assert_close(clipped, torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+def assert_same_scores(actual, expected):
+    """The same but for the rounding of exp and of the division."""
+    torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("padded_size", [REAL_SIZE, (32, 64), (800, 1344)], ids=str)
+@pytest.mark.parametrize("padded_size", [REAL_SIZE, (32, 64), (416, 1056)], ids=str)
 def test_every_anchor_decodes_as_in_torchvision(padded_size, dtype):
     h, w = padded_size
     shapes = [(math.ceil(h / s), math.ceil(w / s)) for s in (4, 8, 16, 32, 64)]
@@ -92,7 +64,7 @@ def test_every_anchor_decodes_as_in_torchvision(padded_size, dtype):
     assert keep.any()
     assert not keep.all()
     assert torch.equal(boxes[0], torch.where(keep[:, None], expected, 0.0))
-    assert torch.equal(scores[0], torch.where(keep, all_logits[0, where].sigmoid(), -torch.inf))
+    assert_same_scores(scores[0], torch.where(keep, all_logits[0, where].sigmoid(), -torch.inf))
 
 
 @pytest.mark.parametrize("score_thresh", [0.0, 0.9])
@@ -114,7 +86,7 @@ def test_proposals_equal_torchvision(score_thresh):
     for i in range(2):
         chosen = keep[i, : kept[i]]
         assert torch.equal(boxes[i, chosen], expected[0][i])
-        assert torch.equal(scores[i, chosen], expected[1][i])
+        assert_same_scores(scores[i, chosen], expected[1][i])
 
 
 def decode_one(deltas, logit=0.0, **options):
@@ -156,6 +128,14 @@ def test_non_finite_deltas_never_leave_a_non_finite_box(bad, channel):
 def test_nan_logit_is_dropped():
     assert decode_one([1.0, 1.0, 0.0, 0.0], logit=math.nan) == DROPPED
     assert decode_one([1.0, 1.0, 0.0, 0.0], logit=-math.inf) == ([2, 2, 6, 6], 0.0), "a score of 0 is a score"
+
+
+def test_tied_logits_have_tied_scores():
+    base, deltas = BASE_ANCHORS[:1], torch.zeros(1, 12, 40, 40)
+    for logit in torch.randn(20, generator=seeded()).tolist():
+        logits, indices = torch.full((1, 4800), logit), torch.arange(4800)[None]
+        _, scores = decode_proposals(logits, indices, [deltas], base, (800, 800), torch.tensor([[800, 800]]), k=4800)
+        assert len(scores.unique()) == 1
 
 
 def test_batch_equals_alone():
