@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fpn_engine.backends.ort import OrtHead, OrtTrunk
+from fpn_engine.backends.ort import OrtHead, OrtTrunk, runtime_version
 from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError, NonFiniteError, PlanError
 from fpn_engine.images import to_array
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fpn_engine.images import ImageLike
 
 Pixels = NDArray[np.uint8]
+TRUNK, HEAD = "trunk.onnx", "head.onnx"
 
 
 class ProposalBoxes(NamedTuple):
@@ -63,10 +65,9 @@ class Engine:
         self.manifest: Manifest = plan.manifest
         self.spec: ModelSpec = plan.manifest.spec
         self.batch_size = batch_size
-        if plan.manifest.backend != "onnxruntime":
-            raise PlanError(f"the plan is for the backend {plan.manifest.backend}, which this version does not have")
-        trunk = OrtTrunk(plan.parts["trunk.onnx"], self.spec, threads)
-        self._pipeline = Pipeline(self.spec, trunk, OrtHead(plan.parts["head.onnx"], threads))
+        _check_fit(plan.manifest)
+        trunk = OrtTrunk(plan.parts[TRUNK], self.spec, threads)
+        self._pipeline = Pipeline(self.spec, trunk, OrtHead(plan.parts[HEAD], threads))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None) -> Self:
@@ -200,6 +201,20 @@ class Engine:
             image_size=(image.shape[0], image.shape[1]),
             categories=self.spec.categories,
         )
+
+
+def _check_fit(manifest: Manifest) -> None:
+    """Raise PlanError, naming the field, if a plan was built for something else than what is here."""
+    installed = runtime_version()
+    built = manifest.versions.get("onnxruntime", "none")
+    rebuild = f"build it again with: fpn-engine build {shlex.quote(manifest.source)}"
+    if manifest.backend != "onnxruntime" or manifest.precision != "fp32" or manifest.device != "cpu":
+        kind = f"{manifest.backend} {manifest.precision} on {manifest.device}"
+        raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild}")
+    if built.split(".")[:2] != installed.split(".")[:2]:
+        raise PlanError(f"the plan was built with onnxruntime {built}, installed is {installed}; {rebuild}")
+    if set(manifest.parts) != {TRUNK, HEAD}:
+        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {HEAD} and {TRUNK}; {rebuild}")
 
 
 def _ratio(image: Pixels, resized: torch.Tensor) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     and pipes.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         if target.exists() and not target.is_file():
             what = "a folder" if target.is_dir() else "a device or pipe"

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
@@ -14,6 +15,17 @@ from fpn_engine.errors import SpecError
 MODELS = ("faster_rcnn", "fast_rcnn")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 CHANNEL_ORDERS = ("rgb", "bgr")
+LEVELS = (2, 3, 4, 5, 6, 7)
+_POSITIVE = (
+    "fpn_channels",
+    "min_size",
+    "max_size",
+    "rpn_pre_nms_top_n_test",
+    "rpn_post_nms_top_n_test",
+    "canonical_size",
+    "box_detections_per_img",
+)
+_FRACTIONS = ("rpn_nms_thresh", "rpn_score_thresh", "box_nms_thresh", "box_score_thresh")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,58 +95,28 @@ class ModelSpec:
         _require_one_of("model", self.model, MODELS)
         _require_one_of("arch", self.arch, ARCHITECTURES)
         _require_one_of("channel_order", self.channel_order, CHANNEL_ORDERS)
-        _require(len(self.categories) >= 1, "categories", "at least one category", self.categories)
         ids = [category.id for category in self.categories]
-        _require(len(set(ids)) == len(ids), "categories", "distinct ids", ids)
-        for name in ("fpn_channels", "min_size", "max_size", "rpn_pre_nms_top_n_test", "canonical_size"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("rpn_post_nms_top_n_test", "box_detections_per_img"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("rpn_nms_thresh", "rpn_score_thresh", "box_nms_thresh", "box_score_thresh"):
-            value = getattr(self, name)
-            _require(0.0 <= value <= 1.0, name, "a number from 0 to 1", value)
-        _require(self.min_size <= self.max_size, "min_size", f"at most max_size ({self.max_size})", self.min_size)
-        _require(self.size_divisor == 32, "size_divisor", "32, the stride of C5", self.size_divisor)
-        _require(len(self.image_mean) == 3, "image_mean", "three numbers", self.image_mean)
-        _require(
-            len(self.image_std) == 3 and min(self.image_std) > 0,
-            "image_std",
-            "three positive numbers",
-            self.image_std,
-        )
-        for name in ("levels", "roi_levels", "anchor_sizes", "aspect_ratios"):
-            _require(len(getattr(self, name)) >= 1, name, "a list with at least one entry", getattr(self, name))
-        _require(self.levels == _consecutive(self.levels), "levels", "consecutive, finest first", self.levels)
-        _require(
-            set(self.roi_levels) <= set(self.levels) and self.roi_levels == _consecutive(self.roi_levels),
-            "roi_levels",
-            f"consecutive and among {self.levels}",
-            self.roi_levels,
-        )
-        _require(
-            len(self.anchor_sizes) == len(self.levels),
-            "anchor_sizes",
-            f"one tuple for each of the {len(self.levels)} levels",
-            self.anchor_sizes,
-        )
-        _require(
-            len({len(sizes) for sizes in self.anchor_sizes}) == 1,
-            "anchor_sizes",
-            "the same number of sizes on every level (the RPN head is shared)",
-            self.anchor_sizes,
-        )
-        _require(len(self.bbox_reg_weights) == 4, "bbox_reg_weights", "four numbers", self.bbox_reg_weights)
-        sizes = [side for level in self.anchor_sizes for side in level]
-        _require(bool(sizes) and min(sizes) > 0, "anchor_sizes", "positive pixels", self.anchor_sizes)
-        _require(min(self.aspect_ratios) > 0, "aspect_ratios", "positive", self.aspect_ratios)
         pool = self.box_roi_pool
-        _require(pool.output_size >= 1, "box_roi_pool.output_size", "at least 1", pool.output_size)
-        _require(
-            pool.sampling_ratio >= 0,
-            "box_roi_pool.sampling_ratio",
-            "0 (adaptive) or more",
-            pool.sampling_ratio,
-        )
+        sides = [side for sizes in self.anchor_sizes for side in sizes]
+        for name, ok, allowed in (
+            ("categories", len(ids) >= 1, "at least one category"),
+            ("categories", len(set(ids)) == len(ids), "categories of distinct ids"),
+            ("min_size", self.min_size <= self.max_size, f"at most max_size ({self.max_size})"),
+            ("size_divisor", self.size_divisor == 32, "32, the stride of C5"),
+            ("image_mean", len(self.image_mean) == 3, "three numbers"),
+            ("image_std", len(self.image_std) == 3 and min(self.image_std) > 0, "three positive numbers"),
+            ("levels", _consecutive(self.levels, LEVELS), "consecutive levels of 2..7, finest first"),
+            ("roi_levels", _consecutive(self.roi_levels, self.levels), f"consecutive and among {self.levels}"),
+            ("anchor_sizes", len(self.anchor_sizes) == len(self.levels), f"one tuple for each of {self.levels}"),
+            ("anchor_sizes", len({len(sizes) for sizes in self.anchor_sizes}) == 1, "equally many on every level"),
+            ("anchor_sizes", min(sides, default=0) > 0, "positive pixels"),
+            ("aspect_ratios", min(self.aspect_ratios, default=0) > 0, "positive, and at least one"),
+            ("bbox_reg_weights", len(self.bbox_reg_weights) == 4, "four numbers"),
+            ("box_roi_pool", pool.output_size >= 1 and pool.sampling_ratio >= 0, "of positive output_size"),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in _POSITIVE),
+            *((name, 0.0 <= getattr(self, name) <= 1.0, "a number from 0 to 1") for name in _FRACTIONS),
+        ):
+            _require(ok, name, allowed, getattr(self, name))
 
     @property
     def num_classes(self) -> int:
@@ -193,8 +175,8 @@ def _require(ok: bool, name: str, allowed: str, given: object) -> None:
         raise SpecError(f"{name} must be {allowed}, not {given!r}")
 
 
-def _consecutive(levels: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(range(levels[0], levels[0] + len(levels)))
+def _consecutive(levels: tuple[int, ...], among: Sequence[int]) -> bool:
+    return len(levels) >= 1 and set(levels) <= set(among) and all(b == a + 1 for a, b in pairwise(levels))
 
 
 def _require_one_of(name: str, given: str, allowed: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def _refuse_unsafe(path: Path, model: ModelProto) -> None:
     if model.functions:
         raise ModelError(f"{path} defines functions of its own, which fpn-engine does not run; export it again")
     if len(model.graph.node) > MAX_NODES:
-        raise ModelError(f"{path} has {len(model.graph.node)} nodes, more than any detector needs ({MAX_NODES})")
+        raise ModelError(f"{path} has {len(model.graph.node)} nodes, more than any detector has; export it again")
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type in REFUSED_OPERATORS:
             name = f"{node.domain}.{node.op_type}".lstrip(".")

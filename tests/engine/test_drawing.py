@@ -130,7 +130,7 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_said_plainly(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(FpnEngineError, match=r"cannot save .*cells\.png"):
+    with pytest.raises(FpnEngineError, match=r"cannot write .*cells\.png"):
         save_picture(Image.fromarray(grey(2, 2)), tmp_path / "file" / "cells.png")
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -147,7 +147,7 @@ def test_a_failure_leaves_the_old_picture_and_no_rest(
     save_picture(Image.fromarray(grey(2, 2)), path)
     before = path.read_bytes()
     monkeypatch.setattr(Image.Image, "save", save_half)
-    expected = "cannot save .*: No space left" if isinstance(failure, OSError) else None
+    expected = "cannot write .*: No space left" if isinstance(failure, OSError) else None
     with pytest.raises((FpnEngineError, KeyboardInterrupt), match=expected):
         save_picture(Image.fromarray(grey(3, 3)), path)
     assert path.read_bytes() == before

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpn_engine.detections import Detections
+from fpn_engine.detections import Detections, shortest_floats
 from fpn_engine.errors import AnnotationError, FpnEngineError
-from fpn_engine.results import FORMATS, completed_images, cut_partial_line, open_writer, shortest_floats
+from fpn_engine.results import FORMATS, completed_images, cut_partial_line, open_writer
 from fpn_engine.spec import Category
 
 CATEGORIES = (Category(id=7, name="cell"), Category(id=90, name='a "b"\nc é'))

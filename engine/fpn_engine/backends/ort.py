@@ -15,6 +15,13 @@ PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3  # ONNX Runtime's log level; its warnings are about its own optimiser
 
 
+def runtime_version() -> str:
+    """The installed version; plans are tied to its first two numbers."""
+    import onnxruntime as ort
+
+    return str(ort.__version__)
+
+
 def session_options(threads: int | None = None) -> Any:
     """Options for a session: ``threads`` None takes one per physical core."""
     import onnxruntime as ort

@@ -1,0 +1,160 @@
+"""What only an import can tell, each asked in a process of its own: a broken package may crash it, not the doctor.
+
+Run as ``python -m fpn_engine.doctor.probes NAME``; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NVIDIA_VENDOR = "0x10de"
+DISPLAY_CLASS = "0x03"  # first byte of the PCI class of VGA and 3D controllers
+ERRORS_ONLY = 4  # ONNX Runtime's log level "fatal"
+
+
+def probe_driver() -> dict[str, Any]:
+    """Is there an NVIDIA card, and which driver: ``hardware``, ``cuda`` ("13.2") and ``driver`` ("580.65.06")."""
+    found: dict[str, Any] = {"hardware": _has_nvidia_card(), "cuda": None, "driver": None}
+    windows = sys.platform == "win32"
+    if (cuda := _library("nvcuda.dll" if windows else "libcuda.so.1")) is not None:
+        number = ctypes.c_int()
+        if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0 and number.value:
+            found["cuda"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    if (nvml := _library("nvml.dll" if windows else "libnvidia-ml.so.1")) is not None and nvml.nvmlInit_v2() == 0:
+        text = ctypes.create_string_buffer(80)
+        if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0:
+            found["driver"] = text.value.decode()
+    return found
+
+
+def probe_torch() -> dict[str, Any]:
+    """torch's ``cuda`` version or None, ``archs``, ``devices``, and the ``reason`` why there are none."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    reason = " ".join(str(warning.message) for warning in caught)
+    devices = []
+    if available:
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            capability = [device.major, device.minor]
+            devices.append({"name": device.name, "capability": capability, "memory": device.total_memory})
+    elif torch.version.cuda:
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            reason = str(error)
+    archs = torch.cuda.get_arch_list() if available else []
+    return {"cuda": torch.version.cuda, "archs": archs, "devices": devices, "reason": _first_line(reason)}
+
+
+def probe_torchvision() -> dict[str, Any]:
+    """Only whether it can be imported beside this torch."""
+    import torchvision
+
+    return {"version": torchvision.__version__}
+
+
+def probe_onnxruntime() -> dict[str, Any]:
+    """``providers``; ``refused``, why it does not load what onnx writes by default; ``tensorrt``, its major version."""
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    model = helper.make_model(graph)
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    refused = None
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        refused = _first_line(str(error))
+    return {
+        "providers": ort.get_available_providers(),
+        "ir": onnx.IR_VERSION,
+        "refused": refused,
+        "tensorrt": _linked_tensorrt(Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"),
+    }
+
+
+def probe_tensorrt() -> dict[str, Any]:
+    """``version`` of the bindings and ``library``, that of the libnvinfer they found, or None if it does not say."""
+    try:
+        bindings = importlib.import_module("tensorrt")
+    except ModuleNotFoundError:
+        bindings = importlib.import_module("tensorrt_bindings")
+    version = str(bindings.__version__)
+    library = _library(f"libnvinfer.so.{version.split('.')[0]}")
+    try:
+        number = int(library.getInferLibVersion()) if library else 0
+    except AttributeError:
+        number = 0
+    # From TensorRT 10 on: major * 10000 + minor * 100 + patch.
+    found = f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number >= 100_000 else None
+    return {"version": version, "library": found}
+
+
+PROBES: dict[str, Callable[[], dict[str, Any]]] = {
+    "driver": probe_driver,
+    "torch": probe_torch,
+    "torchvision": probe_torchvision,
+    "onnxruntime": probe_onnxruntime,
+    "tensorrt": probe_tensorrt,
+}
+
+
+def main() -> None:
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what libraries print must not mix with the answer
+    values = PROBES[sys.argv[1]]()
+    with os.fdopen(answer, "w", encoding="utf-8") as stream:
+        json.dump(values, stream)
+
+
+def _has_nvidia_card() -> bool:
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == NVIDIA_VENDOR and kind.startswith(DISPLAY_CLASS):
+            return True
+    return False
+
+
+def _library(name: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
+
+
+def _linked_tensorrt(library: Path) -> int | None:
+    """Major version of the TensorRT that a library was linked with, from the names it asks the loader for."""
+    try:
+        found = re.search(rb"libnvinfer\.so\.(\d+)", library.read_bytes())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[0] if lines else ""
+
+
+if __name__ == "__main__":
+    main()
