@@ -66,6 +66,10 @@ class Detections:
             keep = keep & np.array([False, *wanted])[self.labels]
         return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
+    def best(self, n: int) -> Self:
+        """The ``n`` with the highest scores, or all if there are fewer."""
+        return replace(self, boxes=self.boxes[:n], scores=self.scores[:n], labels=self.labels[:n])
+
     def named(self, source: str) -> Self:
         """The same detections with where the image came from."""
         return replace(self, source=source)

@@ -29,7 +29,7 @@ def find_plan(named: Path | None) -> FoundPlan:
         return FoundPlan(named, None)
     if given := os.environ.get(VARIABLE):
         return FoundPlan(Path(given), f"${VARIABLE}")
-    here = sorted(Path.cwd().glob("*.plan"))
+    here = sorted(path for path in Path.cwd().glob("*.plan") if os.path.isfile(path))
     if len(here) == 1:
         return FoundPlan(Path(here[0].name), "the only plan in this folder")
     if last := _last_built():
@@ -53,4 +53,4 @@ def _last_built() -> Path | None:
         path = Path((cache_folder() / _LAST).read_text(encoding="utf-8"))
     except (OSError, FpnEngineError, UnicodeDecodeError):
         return None
-    return path if path.is_file() else None
+    return path if os.path.isfile(path) else None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fpn_engine.backends.ort import OrtHead, OrtTrunk, runtime_version
 from fpn_engine.detections import Detections
-from fpn_engine.errors import FpnEngineError, NonFiniteError, PlanError
+from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError
 from fpn_engine.images import to_array
 from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Thresholds
 from fpn_engine.plan import Manifest, Plan, read_plan
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fpn_engine.images import ImageLike
 
 Pixels = NDArray[np.uint8]
+NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"
 TRUNK, HEAD = "trunk.onnx", "head.onnx"
 
 
@@ -92,7 +93,7 @@ class Engine:
         """
         thresholds = self.thresholds(score_threshold, nms_threshold, max_detections)
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-        results = self._detect([to_array(image) for image in listed], thresholds)
+        results = self._detect(_read_all(listed), thresholds)
         found = []
         for number, (image, result) in enumerate(zip(listed, results, strict=True)):
             source = str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else None
@@ -127,16 +128,23 @@ class Engine:
                 yield Outcome(source, image, named.named(source) if isinstance(named, Detections) else named)
 
     def propose(self, images: ImageLike | Sequence[ImageLike]) -> list[ProposalBoxes]:
-        """The RPN's class-agnostic proposals (Lin et al. 2017, sec. 4.1), at most rpn_post_nms_top_n_test each."""
+        """The RPN's class-agnostic proposals (Lin et al. 2017, sec. 4.1), at most rpn_post_nms_top_n_test each.
+
+        Raises as a call of the engine does.
+        """
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-        pixels = [to_array(image) for image in listed]
+        pixels = _read_all(listed)
         found: list[ProposalBoxes | None] = [None] * len(pixels)
         for indices, size in self._batches(pixels):
             chosen = [pixels[i] for i in indices]
             batch, image_sizes = self._preprocess(chosen, size)
             with torch.inference_mode():
-                proposals = self._pipeline.propose(self._pipeline.trunk(batch), size, image_sizes)
+                out = self._pipeline.trunk(batch)
+                proposals = self._pipeline.propose(out, size, image_sizes)
+                finite = self._pipeline.find_finite(out).tolist()
             for row, index in enumerate(indices):
+                if not finite[row]:
+                    raise NonFiniteError(f"image {index}: {NON_FINITE_REASON}")
                 n = int(proposals.counts[row])
                 ratio = _ratio(pixels[index], image_sizes[row])
                 found[index] = ProposalBoxes(
@@ -192,7 +200,7 @@ class Engine:
     ) -> Detections | NonFiniteError:
         """Row ``row`` on the host, boxes back in pixels of the original image."""
         if int(padded.status[row]) == NON_FINITE:
-            return NonFiniteError("the network gave NaN or infinity; check the checkpoint's weights")
+            return NonFiniteError(NON_FINITE_REASON)
         n = int(padded.counts[row])
         return Detections(
             boxes=padded.boxes[row, :n].numpy() * _ratio(image, image_size),
@@ -221,6 +229,19 @@ def _ratio(image: Pixels, resized: torch.Tensor) -> NDArray[np.float32]:
     """Original over resized side as x, y, x, y, rounded to float32 before it multiplies, as torchvision does."""
     h, w = (np.float32(side) / np.float32(new) for side, new in zip(image.shape[:2], resized.tolist(), strict=True))
     return np.array([w, h, w, h], dtype=np.float32)
+
+
+def _read_all(images: Sequence[Any]) -> list[Pixels]:
+    """The pixels of each; an error says which of several it was, unless it is a file, whose name is in it."""
+    pixels = []
+    for number, image in enumerate(images):
+        try:
+            pixels.append(to_array(image))
+        except ImageError as error:
+            if len(images) == 1 or isinstance(image, (str, os.PathLike)):
+                raise
+            raise ImageError(f"image {number}: {error}") from error
+    return pixels
 
 
 def _attempt(read: Callable[[str | os.PathLike[str]], Pixels], path: str | os.PathLike[str]) -> Pixels | FpnEngineError:

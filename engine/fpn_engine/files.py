@@ -32,9 +32,15 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise FpnEngineError(
-            f"cannot write {path}: {error.strerror or error}; give a place that is writable and has space"
-        ) from None
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> FpnEngineError:
+    """What to say when a file that the caller named cannot be written."""
+    reason = error.strerror or error
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        reason = "a part of its path is a file, not a folder"
+    return FpnEngineError(f"cannot write {path}: {reason}; give a place that is writable and has space")
 
 
 def remove_stale(path: Path) -> None:
@@ -49,9 +55,11 @@ def remove_stale(path: Path) -> None:
 
 def cache_folder() -> Path:
     """$FPN_ENGINE_CACHE, else fpn-engine under $XDG_CACHE_HOME or ~/.cache; made if missing."""
-    given = os.environ.get("FPN_ENGINE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(given) if given else Path(base) / "fpn-engine"
+    given, base = os.environ.get("FPN_ENGINE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "fpn-engine"
+    except RuntimeError:  # a user without an entry in the system's list, as in containers
+        raise FpnEngineError("there is no home folder to cache in; set FPN_ENGINE_CACHE to a folder") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

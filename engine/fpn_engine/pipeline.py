@@ -169,7 +169,7 @@ class Pipeline:
         )
         limit = thresholds.box_detections_per_img
         keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit)
-        finite = _finite(*features, *out.objectness, *out.deltas)
+        finite = self.find_finite(out)
         finite &= _finite(class_logits.view(n, slots, -1), box_deltas.view(n, slots, -1))
         return PaddedDetections(
             _take(boxes, keep),
@@ -178,6 +178,10 @@ class Pipeline:
             counts,
             torch.where(finite, OK, NON_FINITE),
         )
+
+    def find_finite(self, out: TrunkOutput) -> Tensor:
+        """(N,) bool: which images' trunk outputs are free of NaN and infinity."""
+        return _finite(*out.features[self._roi_levels], *out.objectness, *out.deltas)
 
 
 def _take(values: Tensor, keep: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from fpn_engine.detections import Detections, shortest_floats
 from fpn_engine.errors import AnnotationError, FpnEngineError
 
 FORMATS = ("json", "jsonl", "coco")
+_RECORD_START = b'{"image": "'
+_HELD = (signal.SIGINT, signal.SIGTERM)
 
 
 class Writer(Protocol):
@@ -149,10 +152,13 @@ def completed_images(path: str | Path) -> set[str]:
     Raises: FpnEngineError if the file cannot be read or is not one of ours.
     """
     images: set[str] = set()
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FpnEngineError(f"cannot resume {path}: it is not a regular file")
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
+                ours = line[: len(_RECORD_START)] == _RECORD_START[: len(line)]
+                if not line.endswith(b"\n") and (ours or number > 1):
                     break
                 record = _parse_line(line)
                 if record is None:
@@ -238,15 +244,16 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextmanager
 def _hold_interrupt() -> Iterator[None]:
-    """Let Ctrl-C wait until a record is written: Python may drop the second half of a write it interrupts."""
+    """Let Ctrl-C and SIGTERM wait until a record is written: Python may drop half of a write it interrupts."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # interrupts only reach the main thread
+        yield  # signals only reach the main thread
         return
     held: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    handlers = [signal.signal(number, lambda number, frame: held.append(number)) for number in _HELD]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in zip(_HELD, handlers, strict=True):
+            signal.signal(number, handler)
         if held:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(held[0])

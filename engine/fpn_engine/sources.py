@@ -17,6 +17,8 @@ SUFFIXES = (
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif"),
 )
 
+SHOWN_SUFFIXES = ".jpg, .png, .tif, .webp, .bmp, .gif, ..."
+
 
 def list_images(inputs: Iterable[str | os.PathLike[str]], *, recursive: bool = False) -> Iterator[Path]:
     """The image files that ``inputs`` name, each once, folder by folder, in the given order.
@@ -62,14 +64,14 @@ def _list_folder(folder: str, recursive: bool) -> Iterator[str]:
                 yield os.path.join(parent, name)
     if empty:
         remedy = "; add --recursive (recursive=True) to look into its subfolders" if skipped else ""
-        raise ImageError(f"the folder {folder!r} holds no image ({', '.join(SUFFIXES)}){remedy}")
+        raise ImageError(f"the folder {folder!r} holds no image ({SHOWN_SUFFIXES}){remedy}")
 
 
 def _list_glob(pattern: str) -> Iterator[str]:
     matches = glob.iglob(pattern, recursive=True)
     paths = sorted(path for path in matches if _is_image(path) and not os.path.isdir(path))
     if not paths:
-        raise ImageError(f"no image matches {pattern!r} ({', '.join(SUFFIXES)})")
+        raise ImageError(f"no image matches {pattern!r} ({SHOWN_SUFFIXES})")
     return iter(paths)
 
 

@@ -216,7 +216,12 @@ def _finite(value: Any) -> float:
 
 def _convert(known: dataclasses.Field[Any], value: Any) -> Any:
     convert = _CONVERT.get(known.name) or _CONVERT_SCALAR[str(known.type)]
-    return convert(value)
+    try:
+        return convert(value)
+    except SpecError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise SpecError(f"{known.name} in the model specification has a value of the wrong form: {error}") from None
 
 
 def _integer(value: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -13,21 +14,25 @@ from fpn_engine.detections import Detections
 MAX_CLASS_COLUMNS = 6  # rarer classes share the column "other"
 
 
-def summary_table(images: Sequence[Detections]) -> Table:
+def summary_table(images: Sequence[Detections]) -> RenderableType:
     """A table for people: one image's detections, or the number per class of each of several images."""
     return _detections_table(images[0]) if len(images) == 1 else _counts_table(images)
 
 
-def _detections_table(detections: Detections) -> Table:
-    table = Table("class", title=_plain(detections.source), title_justify="left")
+def _detections_table(detections: Detections) -> RenderableType:
+    table = Table(Column("class", overflow="fold"))
     for column in ("score", "x1", "y1", "x2", "y2"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for detection in detections:
         corners = [f"{corner:.1f}" for corner in detection.box]
         table.add_row(_plain(detection.category.name), f"{detection.score:.2f}", *corners)
     if len(detections) == 0:
         table.add_row("nothing found")
-    return table
+    if detections.source is None:
+        return table
+    title = _plain(detections.source)
+    title.no_wrap, title.overflow = True, "ignore"  # a name in one piece, to be copied
+    return Group(title, table)
 
 
 def _counts_table(images: Sequence[Detections]) -> Table:
@@ -41,7 +46,7 @@ def _counts_table(images: Sequence[Detections]) -> Table:
         rest = [count.total() - sum(shown)] if len(total) > len(names) else []
         return [str(number or "") for number in shown + rest] + [str(count.total())]
 
-    table = Table(Column("image", f"{len(images)} images"), show_footer=True)
+    table = Table(Column("image", f"{len(images)} images", overflow="fold"), show_footer=True)
     for title, footer in zip(titles, cells(total), strict=True):
         table.add_column(_plain(title), footer, justify="right")
     for detections, count in zip(images, counts, strict=True):

@@ -46,7 +46,7 @@ def build_plan(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    if plan_path.is_dir():
+    if os.path.isdir(plan_path):
         raise PlanError(f"cannot write {plan_path}: it is a folder; give the name of a file")
     if os.path.realpath(plan_path) == os.path.realpath(model_path):
         raise PlanError(f"the plan would replace the model {model_path}; give another name with -o")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _find_sidecar(path: Path, spec_path: str | Path | None) -> Sidecar | None:
     if spec_path is not None:
         return read_sidecar(Path(spec_path))
     beside = path.with_suffix(".json")
-    return read_sidecar(beside) if beside.is_file() else None
+    return read_sidecar(beside) if os.path.isfile(beside) else None
 
 
 def _check_digest(file: CheckpointFile, sidecar: Sidecar | None) -> None:

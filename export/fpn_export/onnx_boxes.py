@@ -36,8 +36,10 @@ def clip(g: OnnxGraph, boxes: str, limits: str) -> str:
 def large_enough(g: OnnxGraph, boxes: str, min_size: float) -> str:
     """(..., 4) boxes to (...) bool: both sides at least ``min_size``."""
     low, high = g.ops("Split", boxes, names=2, axis=-1, num_outputs=2)
-    shorter = g.op("ReduceMin", g.op("Sub", high, low), g.int64(-1), keepdims=0)
-    return g.op("GreaterOrEqual", shorter, g.float32(min_size))
+    enough = g.op("GreaterOrEqual", g.op("Sub", high, low), g.float32(min_size))
+    # Not ReduceMin: ONNX Runtime leaves the shape of an empty tensor as it is (its issue 8146).
+    wide, high = g.ops("Split", enough, names=2, axis=-1, num_outputs=2)
+    return g.op("Squeeze", g.op("And", wide, high), g.int64(-1))
 
 
 def blank(g: OnnxGraph, keep: str, boxes: str, scores: str) -> tuple[str, str]:

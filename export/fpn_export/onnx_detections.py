@@ -108,11 +108,14 @@ def add_status(g: OnnxGraph, spec: ModelSpec) -> None:
     maps = ["image", *(f"p{level}" for level in spec.roi_levels)]
     maps += [f"{kind}_p{level}" for kind in ("objectness", "deltas") for level in spec.levels]
     sums = [g.op("ReduceSum", value, g.int64(1, 2, 3), keepdims=0) for value in maps]
-    rows = [g.op("ReduceSum", value, g.int64(1), keepdims=0) for value in ("class_logits", "box_deltas")]
-    per_roi = g.op("Add", *(g.op("Sub", row, row) for row in rows))
-    none = g.op("Expand", g.float32(0.0), g.dim("image", 0))
-    per_image = g.op("ScatterND", none, g.op("Unsqueeze", "roi_images", g.int64(1)), per_roi, reduction="add")
-    total = g.op("Sum", *(g.op("Sub", value, value) for value in sums), per_image)
+    # Back to one row per proposal slot first: a sum over no RoI at all would keep its shape in ONNX Runtime.
+    n, slots = g.dim("proposals", 0), g.op("Mul", g.dim("proposals", 0), g.dim("proposals", 1))
+    where = g.op("Unsqueeze", "roi_slots", g.int64(1))
+    for value, width in (("class_logits", spec.num_classes), ("box_deltas", 4 * spec.num_classes)):
+        rows = g.op("ScatterND", g.op("Expand", g.float32(0.0), _join(g, slots, width)), where, value)
+        per_image = g.op("Reshape", rows, g.op("Concat", n, g.int64(-1), axis=0))
+        sums.append(g.op("ReduceSum", per_image, g.int64(1), keepdims=0))
+    total = g.op("Sum", *(g.op("Sub", value, value) for value in sums))
     g.op("Cast", g.op("IsNaN", total), to=TensorProto.INT64, name="status")
 
 

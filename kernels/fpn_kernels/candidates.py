@@ -15,6 +15,9 @@ def candidate_capacity(num_proposals: int, num_classes: int, score_thresh: float
     """Slots that hold every candidate: softmax sums to 1, so fewer than 1 / t classes of a RoI exceed t.
 
     The sum may be above 1 by rounding, hence the 1e-5.
+
+    Args: num_proposals per image; num_classes with background; score_thresh 0..1.
+    Returns: the number of slots per image.
     """
     return num_proposals * int(min(num_classes - 1, (1 + 1e-5) / max(score_thresh, 1e-9)))
 

@@ -18,6 +18,7 @@ LOG_SIZE_LIMIT = math.log(1000.0 / 16)
 def make_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
     """The anchors of one location, centred at (0, 0): areas sizes^2, ratio h / w, sides rounded half to even.
 
+    Args: sizes in pixels and aspect_ratios, both of one level.
     Returns: (len(aspect_ratios) * len(sizes), 4) float32, ratio-major as torchvision orders them.
     """
     scales = torch.tensor(sizes, dtype=torch.float32)
@@ -43,7 +44,11 @@ def decode_boxes(anchors: Tensor, deltas: Tensor, weights: Sequence[float] = (1.
 
 
 def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Clip (N, K, 4) boxes to their images' (N, 2) height and width in pixels."""
+    """Clip boxes to their images.
+
+    Args: boxes (N, K, 4) in pixels; image_sizes (N, 2), height and width in pixels.
+    Returns: (N, K, 4), same dtype as ``boxes``.
+    """
     h, w = image_sizes.to(boxes.dtype)[:, None].unbind(dim=-1)
     limits = torch.stack([w, h, w, h], dim=-1)
     return boxes.clamp(min=0).minimum(limits)

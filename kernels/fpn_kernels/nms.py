@@ -171,5 +171,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`batched_nms` with all boxes in one class; ``torchvision.ops.nms``'s form."""
+    """:func:`batched_nms` with all boxes in one class; ``torchvision.ops.nms``'s form.
+
+    Args: boxes (K, 4) float32; scores (K,) float32; iou_threshold 0..1.
+    Returns: (kept,) int64.
+    """
     return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)

@@ -27,7 +27,12 @@ class PackedImages(NamedTuple):
 
 
 def pack_images(images: Sequence[Tensor]) -> PackedImages:
-    """Lay uint8 (H, W, 3) images one after another. Raises ValueError for another dtype or shape or no pixels."""
+    """Lay images of any sizes one after another.
+
+    Args: images, each (H, W, 3) uint8 with at least one pixel.
+    Returns: the images in one buffer.
+    Raises: ValueError if dtype or shape differ from the above.
+    """
     for image in images:
         require_shape("image", image, None, None, 3)
         require_dtype("image", image, torch.uint8)

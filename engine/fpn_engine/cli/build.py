@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fpn_engine.cli.console import note, steps
+from fpn_engine.cli.console import note, refuse_folder, steps
 
 
 def build(
@@ -23,6 +23,7 @@ def build(
     from fpn_engine.discovery import remember_plan
     from fpn_export.build import build_plan
 
+    refuse_folder(model)
     start = time.perf_counter()
     with steps(f"building {model.name}") as step:
         built = build_plan(model, output or model.with_suffix(".plan"), force=force, on_progress=step)

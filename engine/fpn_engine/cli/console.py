@@ -1,14 +1,20 @@
-"""What the subcommands print with: people read stderr, machines read stdout."""
+"""What the subcommands print with: people read stderr and tables, machines read stdout."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fpn_engine.errors import FpnEngineError
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+
+FILE_WIDTH = 1000  # columns of a table that goes to a file or pipe, where nothing is cut off or folded
 
 
 def stderr() -> Console:
@@ -28,6 +34,31 @@ def fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def emit(document: str) -> None:
+    """The result for machines, on stdout."""
+    with _writing_stdout():
+        print(document, flush=True)
+
+
+def show(*results: RenderableType) -> None:
+    """The result for people, on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        console.width = FILE_WIDTH
+    with _writing_stdout():
+        for result in results:
+            console.print(result)
+        sys.stdout.flush()
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise if ``path`` exists and is no regular file; a missing file is for whoever reads it to report."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FpnEngineError(f"{path} is not a file")
+
+
 @contextlib.contextmanager
 def steps(title: str) -> Iterator[Callable[[str], None]]:
     """Show the step at hand beside a spinner while stderr is a terminal."""
@@ -43,6 +74,22 @@ def counting(title: str, total: int | None) -> Iterator[Callable[[], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # results for a file or pipe must not join the bar on stderr
+    ) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextlib.contextmanager
+def _writing_stdout() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise FpnEngineError(f"cannot write to stdout: {error.strerror or error}; free some space") from None

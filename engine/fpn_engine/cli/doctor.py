@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fpn_engine.cli.console import emit, show
+
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="The findings as JSON on stdout.")] = False) -> None:
     """Check devices, versions and known bad combinations; exit code 1 if something does not work."""
@@ -18,15 +20,12 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="The findings as JS
     healthy = all(finding.kind != "problem" for finding in findings)
     if json:
         listed = [dataclasses.asdict(finding) for finding in findings]
-        typer.echo(json_module.dumps({"healthy": healthy, "findings": listed}, indent=1))
+        emit(json_module.dumps({"healthy": healthy, "findings": listed}, indent=1))
     else:
-        from rich.console import Console
-
         from fpn_engine.doctor.report import findings_table
 
-        console = Console(highlight=False)
-        console.print(findings_table(findings))
         problems = sum(finding.kind == "problem" for finding in findings)
-        console.print("everything works" if healthy else f"{problems} {'problem' if problems == 1 else 'problems'}")
+        verdict = "everything works" if healthy else f"{problems} {'problem' if problems == 1 else 'problems'}"
+        show(findings_table(findings), verdict)
     if not healthy:
         raise typer.Exit(1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpn_engine.cli.console import counting, note
+from fpn_engine.cli.console import counting, emit, note, show
+from fpn_engine.cli.options import BatchOption, PlanOption, ThreadsOption
 from fpn_engine.errors import FpnEngineError
 
 if TYPE_CHECKING:
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
 def evaluate(
     annotations: Annotated[Path, typer.Option(help="COCO instances JSON.", show_default=False)],
     images: Annotated[Path, typer.Option(help="Folder of the images that it names.", show_default=False)],
-    plan: Annotated[Path | None, typer.Option(help="The plan to score; default as for infer.")] = None,
+    plan: PlanOption = None,
     proposals: Annotated[
         bool, typer.Option("--proposals", help="Score the RPN's proposals: AR@100, AR@1k (paper table 1).")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Most images run at once.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default one per core.")] = None,
+    batch: BatchOption = 1,
+    threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
 ) -> None:
     """Score a plan with the COCO metric: AP, AP50, AP75, by size and class, and average recall."""
@@ -42,18 +44,16 @@ def evaluate(
     with counting("detecting", len(files)) as advance:
         score = (_score_proposals if proposals else _score_detections)(engine, truth, files, advance)
     if json:
-        typer.echo(json_module.dumps(score.to_dict()))
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(score.to_table())
+        emit(json_module.dumps(score.to_dict()))
+    else:
+        show(score.to_table())
 
 
 def _find_files(truth: CocoGroundTruth, folder: Path) -> dict[int, Path]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FpnEngineError(f"there is no folder {folder}; --images names the folder of the annotated images")
     files = {image.id: folder / image.file_name for image in truth.images}
-    missing = [path for path in files.values() if not path.is_file()]
+    missing = [path for path in files.values() if not os.path.isfile(path)]
     if missing:
         raise FpnEngineError(
             f"{len(missing)} of {len(files)} annotated images are not in {folder}, the first is {missing[0].name}; "
@@ -69,11 +69,19 @@ def _score_detections(engine: Engine, truth: CocoGroundTruth, files: dict[int, P
 
     truth.check_categories(engine.spec.categories)
     results: list[dict[str, Any]] = []
-    for image_id, outcome in zip(files, engine.stream(files.values()), strict=True):
+    other_size: list[str] = []
+    for image, outcome in zip(truth.images, engine.stream(files.values()), strict=True):
         if not isinstance(outcome.result, Detections):
             raise outcome.result  # a score over the rest would not be the score
-        results += coco_results(outcome.result, image_id)
+        if outcome.result.image_size != (image.height, image.width):
+            other_size.append(image.file_name)
+        results += coco_results(outcome.result, image.id)
         advance()
+    if other_size:
+        note(
+            f"{len(other_size)} of {len(files)} images have another size than the annotations say, the first is "
+            f"{other_size[0]}; check --images"
+        )
     return score_detections(truth, results)
 
 

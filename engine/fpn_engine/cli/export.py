@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fpn_engine.cli.console import note, steps
-from fpn_engine.errors import SpecError
+from fpn_engine.cli.console import note, refuse_folder, steps
+from fpn_engine.errors import FpnEngineError
 
 
 def export(
@@ -49,13 +50,16 @@ def export(
     from fpn_export.checkpoint import load_checkpoint
     from fpn_export.onnx_export import export_onnx
 
+    refuse_folder(checkpoint)
     target = output or checkpoint.with_suffix(".onnx")
+    if os.path.realpath(target) == os.path.realpath(checkpoint):
+        raise FpnEngineError(f"the ONNX file would replace the checkpoint {checkpoint}; give another name with -o")
     with steps(f"exporting {checkpoint.name}") as step:
         step("read")
         loaded = load_checkpoint(checkpoint, spec_overrides=overrides, spec_path=spec)
-        model = export_onnx(loaded.model, loaded.spec, on_progress=step)
-        step("write")
-        with replacing(target) as temporary:
+        with replacing(target) as temporary:  # before the long work: a place that cannot be written shows at once
+            model = export_onnx(loaded.model, loaded.spec, on_progress=step)
+            step("write")
             onnx.save(model, str(temporary))
     for sentence in loaded.assumptions:
         note(sentence)
@@ -71,7 +75,10 @@ def export(
 def _categories(names: str | None) -> list[dict[str, Any]] | None:
     if names is None:
         return None
-    return [{"id": number, "name": name.strip()} for number, name in enumerate(names.split(","), start=1)]
+    listed = [name.strip() for name in names.split(",")]
+    if "" in listed or len(set(listed)) < len(listed):
+        raise typer.BadParameter(f"{names!r} has an empty name or one twice", param_hint="--classes")
+    return [{"id": number, "name": name} for number, name in enumerate(listed, start=1)]
 
 
 def _assignments(given: list[str]) -> dict[str, Any]:
@@ -79,7 +86,9 @@ def _assignments(given: list[str]) -> dict[str, Any]:
     for assignment in given:
         key, sign, text = assignment.partition("=")
         if not sign:
-            raise SpecError(f"--set wants KEY=JSON, not {assignment!r}; for example --set box_detections_per_img=300")
+            raise typer.BadParameter(
+                f"{assignment!r} is not KEY=JSON, as in --set box_detections_per_img=300", param_hint="--set"
+            )
         try:
             values[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fpn_engine.cli.console import counting, note
+from fpn_engine.cli.options import BatchOption, PlanOption, ThreadsOption
 from fpn_engine.cli.report import Format, Report, open_report
-from fpn_engine.errors import FpnEngineError
+from fpn_engine.errors import AnnotationError, FpnEngineError
+from fpn_engine.files import unwritable
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from fpn_engine.detections import Detections
     from fpn_engine.engine import Engine
+    from fpn_engine.spec import Category
 
 SOME_FAILED, ALL_FAILED = 3, 4
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SHOWN_SCORE = 0.5  # lowest score in tables and pictures unless --score says otherwise
+MAX_DETECTIONS = 100_000  # more than a thousand proposals of any data set's classes give
 
 
 def infer(
     images: Annotated[list[str], typer.Argument(help="Image files, folders and globs.", show_default=False)],
-    plan: Annotated[
-        Path | None,
-        typer.Option(help="Default: $FPN_ENGINE_PLAN, the only *.plan in this folder, or the last one built."),
-    ] = None,
+    plan: PlanOption = None,
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write pictures with boxes into this folder.")
     ] = None,
@@ -43,14 +49,16 @@ def infer(
     nms: Annotated[
         float | None, typer.Option(min=0, max=1, help="IoU above which a box yields to a better one.")
     ] = None,
-    max_detections: Annotated[int | None, typer.Option(min=1, help="Most detections per image.")] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(min=1, max=MAX_DETECTIONS, help="Most detections per image.")
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="Only these, by name or id: cat,dog.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Look into folders of folders.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a JSON Lines --output, skipping the done.")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Most images run at once.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default one per core.")] = None,
+    batch: BatchOption = 1,
+    threads: ThreadsOption = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest image to accept, in pixels.")] = None,
 ) -> None:
     """Detect objects in images of any size and common format.
@@ -58,28 +66,34 @@ def infer(
     Results go to stdout as a table, JSON, JSON Lines or COCO results; everything else goes to stderr. A file
     that cannot be read is reported and the others still finish (exit code 3, or 4 if all failed).
     """
+    if json and format not in (Format.table, Format.json):
+        raise typer.BadParameter(f"does not go with --format {format}", param_hint="--json")
     chosen = Format.json if json else format
     if resume and (chosen is not Format.jsonl or output is None):
-        raise FpnEngineError("--resume needs --format jsonl and --output FILE")
+        raise typer.BadParameter("needs --format jsonl and --output FILE", param_hint="--resume")
     if output is not None and chosen is Format.table:
-        raise FpnEngineError("--output needs --format json, jsonl or coco")
+        raise typer.BadParameter("needs --format json, jsonl or coco", param_hint="--output")
+    if annotations is not None and chosen is not Format.coco:
+        raise typer.BadParameter("needs --format coco", param_hint="--annotations")
 
     from fpn_engine.discovery import find_plan
     from fpn_engine.engine import Engine
     from fpn_engine.sources import list_images
 
+    paths = list(list_images(images, recursive=recursive))
+    pictures = _name_pictures(paths, save) if save else {}
+    if resume and output is not None:
+        paths = _unfinished(paths, output)
+        if not paths:
+            return
     found = find_plan(plan)
     if found.reason:
         note(f"using {found.path} ({found.reason})")
-    paths: Any = list_images(images, recursive=recursive)
-    if resume and output is not None:
-        paths = _unfinished(paths, output)
-    paths = list(paths)
     engine = Engine.load(found.path, batch_size=batch, threads=threads)
-    run = _Run(engine, _Selection(engine, classes, score), save)
+    selection = _Selection(engine, classes, score, nms, max_detections)
+    run = _Run(selection, pictures)
     with open_report(chosen, output, annotations, resume) as report, counting("detecting", len(paths)) as advance:
-        thresholds = engine.thresholds(score, nms, max_detections)
-        for outcome in engine.stream(paths, thresholds=thresholds, read=_reader(max_pixels)):
+        for outcome in engine.stream(paths, thresholds=selection.thresholds, read=_reader(max_pixels)):
             run.take(outcome, report)
             advance()
     if run.failed:
@@ -88,24 +102,26 @@ def infer(
 
 
 class _Selection:
-    """The class filter, and the lowest score for people."""
+    """Which detections are wanted: thresholds, classes, and the lowest score for people."""
 
-    def __init__(self, engine: Engine, classes: str | None, score: float | None) -> None:
+    def __init__(
+        self, engine: Engine, classes: str | None, score: float | None, nms: float | None, max_detections: int | None
+    ) -> None:
+        self.thresholds = engine.thresholds(score, nms, max_detections)
         self._shown_score = SHOWN_SCORE if score is None else score
+        self._max_detections = self.thresholds.box_detections_per_img
         self._classes: list[str | int] | None = None
         if classes is not None:
-            categories = engine.spec.categories
-            known: dict[str, int] = {str(c.id): c.id for c in categories} | {c.name: c.id for c in categories}
-            wanted = [name.strip() for name in classes.split(",")]
-            for name in wanted:
-                if name not in known:
-                    raise FpnEngineError(
-                        f"unknown class {name!r}; this model knows {', '.join(c.name for c in categories)}"
-                    )
-            self._classes = [known[name] for name in wanted]
+            spec = engine.spec
+            self._classes = [_find_class(name.strip(), spec.categories) for name in classes.split(",")]
+            # The best of these classes, which need not be among the best of all.
+            candidates = spec.rpn_post_nms_top_n_test * len(spec.categories)
+            self.thresholds = engine.thresholds(score, nms, candidates)
 
     def reported(self, detections: Detections) -> Detections:
-        return detections.filter(classes=self._classes) if self._classes else detections
+        if self._classes is None:
+            return detections
+        return detections.filter(classes=self._classes).best(self._max_detections)
 
     def shown(self, detections: Detections) -> Detections:
         return detections.filter(min_score=self._shown_score)
@@ -114,51 +130,79 @@ class _Selection:
 class _Run:
     """Takes outcomes one by one: report, picture, count of failures."""
 
-    def __init__(self, engine: Engine, selection: _Selection, save: Path | None) -> None:
+    def __init__(self, selection: _Selection, pictures: Mapping[str, Path]) -> None:
         self.failed = 0
         self._selection = selection
-        self._save = save
-        self._names: set[str] = set()
+        self._pictures = pictures
 
     def take(self, outcome: Any, report: Report) -> None:
         if isinstance(outcome.result, FpnEngineError):
             self._fail(outcome.source, outcome.result, report)
             return
         detections = self._selection.reported(outcome.result)
-        if self._save is not None:
+        shown = self._selection.shown(detections)
+        if outcome.source in self._pictures:
             try:
-                self._picture(outcome, detections, self._save)
+                _save_picture(outcome.pixels, shown, self._pictures[outcome.source])
             except FpnEngineError as error:
                 self._fail(outcome.source, error, report)
                 return
-        report.write(detections, self._selection.shown(detections))
+        try:
+            report.write(detections, shown)
+        except AnnotationError as error:  # this image has no COCO id, the others may
+            self._fail(outcome.source, error, report)
 
     def _fail(self, source: str, error: FpnEngineError, report: Report) -> None:
         self.failed += 1
         note(f"fpn-engine: {' '.join(str(error).split())}")
         report.write_error(source, str(error))
 
-    def _picture(self, outcome: Any, detections: Detections, folder: Path) -> None:
-        from fpn_engine.drawing import draw_detections, save_picture
 
-        stem, suffix = Path(outcome.source).stem, Path(outcome.source).suffix.lower()
-        suffix = suffix if suffix in (".jpg", ".jpeg", ".png") else ".png"
-        name, number = stem + suffix, 1
-        while name in self._names:  # the same name from another folder
+def _find_class(name: str, categories: Sequence[Category]) -> int:
+    for category in categories:
+        if name in (category.name, str(category.id)):
+            return category.id
+    known = ", ".join(category.name for category in categories)
+    raise FpnEngineError(f"unknown class {name!r}; this model knows {known}")
+
+
+def _name_pictures(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
+    """Where each image's picture goes, by the image's name; given before the run, so that --resume gives the same."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    for parent in {path.parent for path in paths}:
+        if os.path.isdir(parent) and os.path.samefile(parent, folder):
+            raise FpnEngineError(f"--save {folder} would replace the images themselves; name another folder")
+    named: dict[str, Path] = {}
+    taken: set[str] = set()
+    for path in paths:
+        suffix = path.suffix.lower() if path.suffix.lower() in PICTURE_SUFFIXES else ".png"
+        name, number = path.stem + suffix, 1
+        while name in taken:  # the same name from another folder
             number += 1
-            name = f"{stem}-{number}{suffix}"
-        self._names.add(name)
-        save_picture(draw_detections(outcome.pixels, self._selection.shown(detections)), folder / name)
+            name = f"{path.stem}-{number}{suffix}"
+        taken.add(name)
+        named[str(path)] = folder / name
+    return named
 
 
-def _unfinished(paths: Iterator[Path], output: Path) -> Iterator[Path]:
+def _save_picture(pixels: NDArray[np.uint8], detections: Detections, path: Path) -> None:
+    from fpn_engine.drawing import draw_detections, save_picture
+
+    save_picture(draw_detections(pixels, detections), path)
+
+
+def _unfinished(paths: list[Path], output: Path) -> list[Path]:
     from fpn_engine.results import completed_images, cut_partial_line
 
-    done: set[str] = set()
-    if output.exists():
-        done = completed_images(output)
-        cut_partial_line(output)
-    return (path for path in paths if str(path) not in done)
+    done = completed_images(output)
+    cut_partial_line(output)
+    left = [path for path in paths if str(path) not in done]
+    if len(left) < len(paths):
+        note(f"{len(paths) - len(left)} of {len(paths)} images are done already in {output}")
+    return left
 
 
 def _reader(max_pixels: int | None) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fpn_engine.cli.console import emit, refuse_folder, show
+from fpn_engine.errors import FpnEngineError
 
 
 def info(
@@ -17,28 +21,42 @@ def info(
     """Say what a checkpoint, ONNX file or plan is, what it detects and what it needs."""
     facts = _describe(file)
     if json:
-        typer.echo(json_module.dumps(facts, indent=1))
+        emit(json_module.dumps(facts, indent=1))
         return
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
     table = Table("name", Column("value", overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _rows(facts):
         table.add_row(Text(name, style="bold"), Text(value))
-    Console(highlight=False, soft_wrap=True).print(table)
+    show(table)
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    from fpn_engine.plan import MANIFEST
-
+    refuse_folder(path)
     if path.suffix == ".onnx":
         return _describe_onnx(path)
-    if path.suffix == ".plan" or (zipfile.is_zipfile(path) and MANIFEST in zipfile.ZipFile(path).namelist()):
+    if path.suffix == ".plan" or _is_plan(path):
         return _describe_plan(path)
     from fpn_export.checkpoint import describe_checkpoint
+    from fpn_export.checkpoint_file import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 
-    return describe_checkpoint(path)
+    if path.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
+        return describe_checkpoint(path)
+    if not os.path.exists(path):
+        raise FpnEngineError(f"there is no file {path}")
+    raise FpnEngineError(
+        f"{path} is no checkpoint (.pth, .pt, .safetensors), ONNX file (.onnx) or plan by its name or contents"
+    )
+
+
+def _is_plan(path: Path) -> bool:
+    from fpn_engine.plan import MANIFEST
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return MANIFEST in archive.namelist()
 
 
 def _describe_plan(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from fpn_engine.errors import FpnEngineError
+from fpn_engine.cli.console import show
+from fpn_engine.files import replacing, unwritable
 
 if TYPE_CHECKING:
     from fpn_engine.detections import Detections
@@ -48,12 +49,10 @@ class Report:
 
     def print_page(self) -> None:
         if self._page:
-            from rich.console import Console
-
             from fpn_engine.summary import summary_table
 
-            Console(highlight=False).print(summary_table(self._page))
-            self._page.clear()
+            page, self._page = self._page, []  # not printed twice if printing fails
+            show(summary_table(page))
 
 
 @contextlib.contextmanager
@@ -87,11 +86,12 @@ def _open_stream(format: Format, output: Path | None, resume: bool) -> Iterator[
             output.parent.mkdir(parents=True, exist_ok=True)
             stream = output.open("a" if resume else "w", encoding="utf-8")
         except OSError as error:
-            raise FpnEngineError(f"cannot write {output}: {error.strerror or error}") from None
-        with stream:
+            raise unwritable(output, error) from None
+        try:
             yield stream
+        finally:
+            with contextlib.suppress(OSError):  # every line is flushed: what fails here has been reported
+                stream.close()
         return
-    from fpn_engine.files import replacing
-
     with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as stream:
         yield stream
