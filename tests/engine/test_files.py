@@ -121,6 +121,17 @@ def test_cache_folder_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache_folder() == tmp_path / "xdg" / "fpn-engine"
 
 
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("FPN_ENGINE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    with pytest.raises(FpnEngineError, match="there is no home folder to cache in; set FPN_ENGINE_CACHE to a folder"):
+        cache_folder()
+
+
 def test_cache_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "cache"):

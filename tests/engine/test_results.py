@@ -146,22 +146,31 @@ def test_each_image_reaches_the_file_at_once(tmp_path: Path, format: str) -> Non
 
 
 class InterruptedStream(io.StringIO):
-    """Ctrl-C arrives in the middle of the second image's write."""
+    """A signal arrives in the middle of the second image's write."""
+
+    number = signal.SIGINT
 
     def write(self, text: str) -> int:
         super().write(text[: len(text) // 2])
         if '"2.jpg"' in text:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
         return super().write(text[len(text) // 2 :])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_interrupt_leaves_a_document_that_parses(format: str) -> None:
+def test_an_interrupt_leaves_a_document_that_parses(format: str, number: signal.Signals) -> None:
     stream = InterruptedStream()
-    with contextlib.closing(open_writer(format, stream)) as writer:
-        writer.write(make_detections("1.jpg"))
-        with pytest.raises(KeyboardInterrupt):
-            writer.write(make_detections("2.jpg"))
+    stream.number = number
+    previous = signal.signal(number, signal.default_int_handler)
+    try:
+        with contextlib.closing(open_writer(format, stream)) as writer:
+            writer.write(make_detections("1.jpg"))
+            with pytest.raises(KeyboardInterrupt):
+                writer.write(make_detections("2.jpg"))
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, previous)
     text = stream.getvalue()
     records = [json.loads(line) for line in text.splitlines()] if format == "jsonl" else json.loads(text)
     assert len(records) == (4 if format == "coco" else 2)
