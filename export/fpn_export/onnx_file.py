@@ -46,6 +46,8 @@ def read_bytes(path: Path) -> bytes:
 
 def parse_onnx(path: Path, data: bytes) -> tuple[ModelProto, ModelSpec]:
     """:func:`read_onnx` on bytes that were read from ``path``."""
+    if not data:
+        raise ModelError(f"{path} is empty; write it again with: fpn-engine export checkpoint.pth")
     try:
         model = ModelProto.FromString(data)
     except DecodeError:

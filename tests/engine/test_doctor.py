@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fpn_engine.doctor as doctor_package
-from fpn_engine.cli import app
+from fpn_engine.cli.app import app
 from fpn_engine.doctor import Finding, Machine, examine
 from fpn_engine.doctor.machine import Reply
 from fpn_engine.errors import FpnEngineError

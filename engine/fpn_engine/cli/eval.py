@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,5 +97,6 @@ def _score_proposals(engine: Engine, truth: CocoGroundTruth, files: dict[int, Pa
 
 
 def _propose(engine: Engine, paths: Iterable[Path]) -> Iterator[Any]:
-    for path in paths:
-        yield from engine.propose(path)
+    remaining = iter(paths)
+    while chunk := list(islice(remaining, engine.batch_size)):
+        yield from engine.propose(chunk)
