@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,20 +23,16 @@ LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.MaxPool2d)
 BOX_DELTA_SPREAD = 1.0  # a tenth of a side after the weights of 10
 
 
-def make_random_detector(arch: str) -> tuple[ModelSpec, TorchvisionFasterRCNN]:
+SMALL = ModelSpec(categories=numbered_categories(5), fpn_channels=64, min_size=160, max_size=256)
+
+
+def make_random_detector(
+    arch: str, spec: ModelSpec = SMALL, representation_size: int = REPRESENTATION_SIZE
+) -> tuple[ModelSpec, TorchvisionFasterRCNN]:
     """Random weights, batch norms that know their inputs' statistics, heads scaled to say something."""
     torch.manual_seed(7)
-    spec = ModelSpec(
-        categories=numbered_categories(5),
-        arch=arch,
-        fpn_channels=64,
-        min_size=160,
-        max_size=256,
-        # A quarter of the usual, as the images are, so that every level has something to say.
-        anchor_sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)),
-        canonical_size=56,
-    )
-    model = build_oracle(spec, representation_size=REPRESENTATION_SIZE)
+    spec = dataclasses.replace(spec, arch=arch)
+    model = build_oracle(spec, representation_size=representation_size)
     with torch.no_grad():
         _calibrate(model, torch.cat([Oracle(model).resized(make_picture(120, 160, seed)).tensors for seed in range(4)]))
     return spec, model

@@ -26,7 +26,7 @@ from fpn_export.build import build_plan
 from fpn_export.detector import FasterRCNN
 from fpn_export.onnx_export import export_onnx
 from fpn_kernels import pack_images, preprocess
-from tests.parity.random_detector import make_random_detector
+from tests.parity.random_detector import REPRESENTATION_SIZE, SMALL, make_random_detector
 from tests.parity.torchvision_oracle import Found, Oracle, Pixels, build_oracle
 
 OUTPUTS = ("boxes", "scores", "labels", "counts", "status")
@@ -120,10 +120,9 @@ def preprocess_together(images: Sequence[Pixels], spec: ModelSpec) -> tuple[Tens
 
 
 @cache
-def random_subject(arch: str) -> Subject:
+def random_subject(arch: str, spec: ModelSpec = SMALL, representation_size: int = REPRESENTATION_SIZE) -> Subject:
     """Random weights that find something; the same object for every test of the session."""
-    spec, oracle = make_random_detector(arch)
-    hidden = oracle.roi_heads.box_predictor.cls_score.in_features
-    model = FasterRCNN(spec, representation_size=hidden).eval()
+    spec, oracle = make_random_detector(arch, spec, representation_size)
+    model = FasterRCNN(spec, representation_size=representation_size).eval()
     model.load_state_dict(oracle.state_dict())
-    return Subject(spec, model, hidden)
+    return Subject(spec, model, representation_size)
