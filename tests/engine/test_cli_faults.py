@@ -90,7 +90,7 @@ def make_bad_files(tiny: Tiny) -> dict[str, str]:
         "pipe.onnx": "is not a file",
         "empty.pth": "is empty",
         "text.pth": "not a PyTorch checkpoint",
-        "empty.onnx": "not an fpn-engine model",
+        "empty.onnx": "is empty",
         "text.onnx": "is not an ONNX file or is damaged",
         "cut.onnx": "is not an ONNX file or is damaged",
         "foreign.onnx": "is not an fpn-engine model",

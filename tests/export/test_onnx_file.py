@@ -62,7 +62,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     refuse(tmp_path / "pipe", "is not a file")
     path.write_bytes(b"")
-    refuse(path, "is not an fpn-engine model")
+    refuse(path, "is empty")
     refuse(path / "below")
     for data in (b"hello, this is a text\n", b'{"json": true}', bytes(range(256)) * 40, b"\xff" * 100):
         path.write_bytes(data)

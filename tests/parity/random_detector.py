@@ -23,7 +23,15 @@ LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.MaxPool2d)
 BOX_DELTA_SPREAD = 1.0  # a tenth of a side after the weights of 10
 
 
-SMALL = ModelSpec(categories=numbered_categories(5), fpn_channels=64, min_size=160, max_size=256)
+SMALL = ModelSpec(
+    categories=numbered_categories(5),
+    fpn_channels=64,
+    min_size=160,
+    max_size=256,
+    # A quarter of the usual, as the images are, so that every level has something to say.
+    anchor_sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)),
+    canonical_size=56,
+)
 
 
 def make_random_detector(
