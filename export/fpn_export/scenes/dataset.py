@@ -1,0 +1,97 @@
+"""Scenes as a PyTorch data set, and as a COCO data set on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fpn_engine.files import replacing
+from fpn_engine.spec import Category
+from fpn_export.scenes.scene import NAMES, SIZE, Scene, make_scene
+
+CATEGORIES = tuple(Category(id=number, name=name) for number, name in enumerate(NAMES, start=1))
+ANNOTATIONS = "annotations.json"
+IMAGES = "images"
+
+
+class SceneDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Scenes 0..count-1 of a seed, made when they are asked for.
+
+    Items are ``(image, target)`` as torchvision's detectors take them: image (3, H, W) uint8; target with boxes (n, 4)
+    float32 in pixels, labels (n,) int64 from 1, masks (n, H, W) bool and image_id.
+    """
+
+    def __init__(self, seed: int, count: int, size: tuple[int, int] = SIZE) -> None:
+        self.seed, self.count, self.size = seed, count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scene = make_scene(self.seed, index, self.size)
+        target = {
+            "boxes": torch.from_numpy(scene.boxes),
+            "labels": torch.from_numpy(scene.labels),
+            "masks": torch.from_numpy(scene.masks),
+            "image_id": torch.tensor(index),
+        }
+        return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), target
+
+
+def write_coco(
+    folder: Path, seed: int, count: int, size: tuple[int, int] = SIZE, on_image: Callable[[], None] = lambda: None
+) -> Path:
+    """Write scenes as PNG files and a COCO instances file with boxes and run-length masks; returns the latter's path.
+
+    Raises: FpnEngineError if the folder cannot be written.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(count):
+        scene = make_scene(seed, index, size)
+        name = f"{index:06d}.png"
+        with replacing(folder / IMAGES / name) as temporary:
+            Image.fromarray(scene.image).save(temporary, format="PNG")
+        images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
+        annotations += _annotate(scene, index + 1, len(annotations) + 1)
+        on_image()
+    document = {
+        "info": {"description": f"fpn-engine scenes, seed {seed}"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": category.id, "name": category.name} for category in CATEGORIES],
+    }
+    path = folder / ANNOTATIONS
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document), encoding="ascii")
+    return path
+
+
+def _annotate(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    rows = []
+    for number, (box, label, mask) in enumerate(zip(scene.boxes, scene.labels, scene.masks, strict=True)):
+        x1, y1, x2, y2 = box.tolist()
+        run_lengths = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        rows.append(
+            {
+                "id": first_id + number,
+                "image_id": image_id,
+                "category_id": int(label),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+                "segmentation": {"size": run_lengths["size"], "counts": run_lengths["counts"].decode("ascii")},
+            }
+        )
+    return rows
