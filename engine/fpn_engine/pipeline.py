@@ -143,20 +143,7 @@ class Pipeline:
         n, slots = proposals.boxes.shape[:2]
         image = torch.arange(n, dtype=torch.float32, device=proposals.boxes.device)
         rois = torch.cat([image.repeat_interleave(slots)[:, None], proposals.boxes.reshape(-1, 4)], dim=1)
-        features = out.features[self._roi_levels]
-        roi_features = multilevel_roi_align(
-            features,
-            rois,
-            proposals.counts,
-            output_size=spec.box_roi_pool.output_size,
-            strides=self._roi_strides,
-            sampling_ratio=spec.box_roi_pool.sampling_ratio,
-            aligned=spec.box_roi_pool.aligned,
-            min_level=spec.roi_levels[0],
-            canonical_level=spec.canonical_level,
-            canonical_size=spec.canonical_size,
-        )
-        class_logits, box_deltas = self.head(roi_features)
+        class_logits, box_deltas = self.head(self.pool(out, rois, proposals.counts))
         boxes, scores, labels, _ = select_candidates(
             class_logits,
             box_deltas,
@@ -177,6 +164,22 @@ class Pipeline:
             _take(labels[..., None], keep)[..., 0],
             counts,
             torch.where(finite, OK, NON_FINITE),
+        )
+
+    def pool(self, out: TrunkOutput, rois: Tensor, counts: Tensor | None = None) -> Tensor:
+        """RoIAlign as the spec has it; see :func:`fpn_kernels.multilevel_roi_align`."""
+        spec = self.spec
+        return multilevel_roi_align(
+            out.features[self._roi_levels],
+            rois,
+            counts,
+            output_size=spec.box_roi_pool.output_size,
+            strides=self._roi_strides,
+            sampling_ratio=spec.box_roi_pool.sampling_ratio,
+            aligned=spec.box_roi_pool.aligned,
+            min_level=spec.roi_levels[0],
+            canonical_level=spec.canonical_level,
+            canonical_size=spec.canonical_size,
         )
 
     def find_finite(self, out: TrunkOutput) -> Tensor:

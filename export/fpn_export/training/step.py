@@ -1,0 +1,70 @@
+"""One joint training step: both heads' losses on one batch (Lin et al. 2017, sec. 5.1; Ren et al. 2015, sec. 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fpn_engine.pipeline import Pipeline
+from fpn_engine.spec import ModelSpec
+from fpn_export.detector import FasterRCNN
+from fpn_export.training.losses import Loss, box_head_loss, rpn_loss
+from fpn_export.training.targets import Objects, assign_anchors, assign_rois
+from fpn_kernels import make_base_anchors
+from fpn_kernels.selection import flatten_anchors
+
+# Proposals that the box head is trained on (Ren et al. 2015, sec. 3.3): more than in a test, for variety.
+TRAINING_PROPOSALS = 2000
+
+
+def make_anchors(spec: ModelSpec, grids: Sequence[Sequence[int]], padded_size: Sequence[int]) -> Tensor:
+    """All anchors of a padded image, (A, 4) float32, level by level in the order (y, x, anchor).
+
+    Args: grids: cells (H_l, W_l) of each level. padded_size: height and width of the batch in pixels.
+    """
+    anchors = []
+    for sizes, (h, w) in zip(spec.anchor_sizes, grids, strict=True):
+        y, x = torch.meshgrid(
+            torch.arange(h) * (padded_size[0] // h), torch.arange(w) * (padded_size[1] // w), indexing="ij"
+        )
+        shifts = torch.stack([x, y, x, y], dim=-1)
+        anchors.append((shifts[:, :, None] + make_base_anchors(sizes, spec.aspect_ratios)).reshape(-1, 4))
+    return torch.cat(anchors)
+
+
+def compute_losses(
+    model: FasterRCNN,
+    images: Tensor,
+    image_sizes: Tensor,
+    batch: Sequence[Objects],
+    generator: torch.Generator | None = None,
+) -> dict[str, Loss]:
+    """The losses of the RPN and of the box head on one batch, differentiable in the model's weights.
+
+    Args:
+        images: (N, 3, H, W), normalised and padded. image_sizes: (N, 2) int64, resized height and width.
+        batch: the objects of each image, boxes in pixels of the resized image.
+        generator: for the sampling; None takes torch's global one.
+    Returns: ``{"rpn": Loss, "box_head": Loss}``; the sum of all four is minimised.
+    """
+    spec, padded = model.spec, images.shape[-2:]
+    out = model.trunk(images)
+    objectness = torch.cat([flatten_anchors(level, spec.num_anchors)[..., 0] for level in out.objectness], dim=1)
+    deltas = torch.cat([flatten_anchors(level, spec.num_anchors) for level in out.deltas], dim=1)
+    anchors = make_anchors(spec, [level.shape[-2:] for level in out.objectness], padded).to(images.device)
+    learned = assign_anchors(anchors, batch, generator)
+    rpn = rpn_loss(objectness.flatten(), deltas.reshape(-1, 4), learned.deltas, learned.positives, learned.negatives)
+
+    with torch.no_grad():
+        training = dataclasses.replace(
+            spec, rpn_pre_nms_top_n_test=TRAINING_PROPOSALS, rpn_post_nms_top_n_test=TRAINING_PROPOSALS
+        )
+        pipeline = Pipeline(training, model.trunk, model.head, images.device)
+        proposals = pipeline.propose(out, padded, image_sizes)
+        boxes = [row[:count] for row, count in zip(proposals.boxes, proposals.counts.tolist(), strict=True)]
+        rois = assign_rois(boxes, batch, spec.bbox_reg_weights, generator)
+    class_logits, box_deltas = model.head(pipeline.pool(out, rois.rois))
+    return {"rpn": rpn, "box_head": box_head_loss(class_logits, box_deltas, rois.labels, rois.deltas)}
