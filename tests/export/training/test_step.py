@@ -62,10 +62,9 @@ def test_the_losses_of_a_batch(subject: Subject, oracle: Oracle, empty: bool) ->
     torch.manual_seed(5)
     ours = compute_losses(subject.model, images, image_sizes, objects)
     for name, (head, part) in NAMES.items():
-        assert float(theirs[name]) > 0.01, name
-        assert getattr(ours[head], part).item() == pytest.approx(float(theirs[name]), rel=TOLERANCE, abs=TOLERANCE), (
-            name
-        )
+        expected = theirs[name].item()
+        assert expected > 0.01, name
+        assert getattr(ours[head], part).item() == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), name
 
 
 def test_the_gradients_of_a_batch(subject: Subject, oracle: Oracle) -> None:
