@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fpn_engine.backends import TrunkOutput
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.spec import ModelSpec
 from fpn_export.detector import FasterRCNN
@@ -35,6 +36,15 @@ def make_anchors(spec: ModelSpec, grids: Sequence[Sequence[int]], padded_size: S
     return torch.cat(anchors)
 
 
+@torch.no_grad()
+def propose(model: FasterRCNN, out: TrunkOutput, padded_size: Sequence[int], image_sizes: Tensor) -> list[Tensor]:
+    """Each image's (R_n, 4) proposals for the box head to learn on, best first; no gradient flows through them."""
+    n = TRAINING_PROPOSALS
+    spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=n, rpn_post_nms_top_n_test=n)
+    found = Pipeline(spec, model.trunk, model.head, image_sizes.device).propose(out, padded_size, image_sizes)
+    return [boxes[:count] for boxes, count in zip(found.boxes, found.counts.tolist(), strict=True)]
+
+
 def compute_losses(
     model: FasterRCNN,
     images: Tensor,
@@ -58,13 +68,7 @@ def compute_losses(
     learned = assign_anchors(anchors, batch, generator)
     rpn = rpn_loss(objectness.flatten(), deltas.reshape(-1, 4), learned.deltas, learned.positives, learned.negatives)
 
-    with torch.no_grad():
-        training = dataclasses.replace(
-            spec, rpn_pre_nms_top_n_test=TRAINING_PROPOSALS, rpn_post_nms_top_n_test=TRAINING_PROPOSALS
-        )
-        pipeline = Pipeline(training, model.trunk, model.head, images.device)
-        proposals = pipeline.propose(out, padded, image_sizes)
-        boxes = [row[:count] for row, count in zip(proposals.boxes, proposals.counts.tolist(), strict=True)]
-        rois = assign_rois(boxes, batch, spec.bbox_reg_weights, generator)
-    class_logits, box_deltas = model.head(pipeline.pool(out, rois.rois))
+    proposals = propose(model, out, padded, image_sizes)
+    rois = assign_rois(proposals, batch, spec.bbox_reg_weights, generator)
+    class_logits, box_deltas = model.head(model.pipeline.pool(out, rois.rois))
     return {"rpn": rpn, "box_head": box_head_loss(class_logits, box_deltas, rois.labels, rois.deltas)}
