@@ -96,14 +96,11 @@ def write_plan(path: Path, manifest: Manifest, parts: Mapping[str, bytes]) -> Ma
     return manifest
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest alone. Raises PlanError if the file is missing, is not a plan, or is of another format version."""
-    with _open(path) as archive:
-        return _manifest(path, archive)
-
-
 def read_plan(path: Path) -> Plan:
-    """The whole plan, every part checked against its digest. Raises PlanError in plain words."""
+    """The whole plan, every part checked against its digest.
+
+    Raises: PlanError in plain words if the file is missing, damaged, no plan or of another format version.
+    """
     with _open(path) as archive:
         manifest = _manifest(path, archive)
         if sorted(archive.namelist()) != sorted([MANIFEST, *manifest.parts]):

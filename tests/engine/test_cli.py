@@ -12,7 +12,7 @@ import pytest
 import fpn_engine
 from fpn_engine.engine import Engine
 from fpn_engine.images import read_image
-from fpn_engine.plan import read_manifest
+from fpn_engine.plan import read_plan
 from tests.engine.conftest import SPEC, Pixels, Run, Tiny, save_picture
 
 COMMANDS = ("export", "build", "infer", "eval", "info", "doctor")
@@ -185,7 +185,7 @@ def test_info(tiny: Tiny, run: Run) -> None:
         facts = json.loads(run("info", path, "--json").out)
         assert (facts["kind"], facts["file"], facts["bytes"]) == (kind, str(path), path.stat().st_size)
         assert facts["spec"]["categories"][1] == {"id": 3, "name": "dog"}
-    assert facts["spec"] == json.loads(read_manifest(tiny.plan).to_json())["spec"]
+    assert facts["spec"] == json.loads(read_plan(tiny.plan).manifest.to_json())["spec"]
 
 
 def test_info_knows_a_plan_by_its_contents(tiny: Tiny, workplace: Path, run: Run) -> None:
