@@ -274,6 +274,10 @@ def test_pictures_never_replace_the_images(infer: Run, images: Path, monkeypatch
         ran = infer(images / "a.png", "--save", folder)
         assert ran.code == 1
         assert "would replace the images themselves; name another folder" in ran.err
+    linked = images.parent / "linked"
+    linked.mkdir()
+    (linked / "a.png").symlink_to(images / "a.png")
+    assert "would replace the image behind" in infer(images / "a.png", "--save", linked).err
     monkeypatch.chdir(images)
     assert infer("a.png", "--save", ".").code == 1
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before

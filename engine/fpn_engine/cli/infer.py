@@ -185,6 +185,10 @@ def _name_pictures(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
             name = f"{path.stem}-{number}{suffix}"
         taken.add(name)
         named[str(path)] = folder / name
+    originals = {os.path.realpath(path) for path in paths}
+    for picture in named.values():  # through a link
+        if os.path.realpath(picture) in originals:
+            raise FpnEngineError(f"--save would replace the image behind {picture}; name another folder")
     return named
 
 
