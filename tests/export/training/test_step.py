@@ -54,12 +54,18 @@ def make_batch(
     return resized.tensors, torch.tensor(resized.image_sizes), objects, images, targets
 
 
+def share_proposals(
+    subject: Subject, oracle: Oracle, images: Tensor, image_sizes: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let both draw from the same proposals: where two scores are equal but for rounding, their order is anyone's."""
+    proposals = propose(subject.model, subject.model.trunk(images), images.shape[-2:], image_sizes)
+    monkeypatch.setattr(oracle.model.rpn, "filter_proposals", lambda *given: (list(proposals), None))
+
+
 @pytest.mark.parametrize("empty", [False, True], ids=["objects", "one image without"])
 def test_the_losses_of_a_batch(subject: Subject, oracle: Oracle, empty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     images, image_sizes, objects, originals, targets = make_batch(oracle, empty=empty)
-    # The same proposals to draw from: where two scores are equal but for rounding, their order is anyone's.
-    proposals = propose(subject.model, subject.model.trunk(images), images.shape[-2:], image_sizes)
-    monkeypatch.setattr(oracle.model.rpn, "filter_proposals", lambda *given: (list(proposals), None))
+    share_proposals(subject, oracle, images, image_sizes, monkeypatch)
     torch.manual_seed(5)
     theirs = oracle.model(originals, targets)
     torch.manual_seed(5)
@@ -70,8 +76,9 @@ def test_the_losses_of_a_batch(subject: Subject, oracle: Oracle, empty: bool, mo
         assert getattr(ours[head], part).item() == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), name
 
 
-def test_the_gradients_of_a_batch(subject: Subject, oracle: Oracle) -> None:
+def test_the_gradients_of_a_batch(subject: Subject, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     images, image_sizes, objects, originals, targets = make_batch(oracle)
+    share_proposals(subject, oracle, images, image_sizes, monkeypatch)
     torch.manual_seed(5)
     sum(oracle.model(originals, targets).values()).backward()
     torch.manual_seed(5)
