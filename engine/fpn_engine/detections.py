@@ -70,10 +70,6 @@ class Detections:
         """The ``n`` with the highest scores, or all if there are fewer."""
         return replace(self, boxes=self.boxes[:n], scores=self.scores[:n], labels=self.labels[:n])
 
-    def named(self, source: str) -> Self:
-        """The same detections with where the image came from."""
-        return replace(self, source=source)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: image, height, width and a list of {category_id, name, score, box}."""
         rows = zip(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -18,7 +18,7 @@ from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError
 from fpn_engine.images import to_array
 from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Thresholds
-from fpn_engine.plan import Manifest, Plan, read_plan
+from fpn_engine.plan import Manifest, Plan, read_plan, rebuild_hint
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
 from fpn_kernels import pack_images, preprocess
@@ -96,10 +96,9 @@ class Engine:
         results = self._detect(_read_all(listed), thresholds)
         found = []
         for number, (image, result) in enumerate(zip(listed, results, strict=True)):
-            source = str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else None
-            if isinstance(result, FpnEngineError):
-                raise NonFiniteError(f"{source or f'image {number}'}: {result}")
-            found.append(result.named(source) if source else result)
+            if isinstance(result, NonFiniteError):
+                raise NonFiniteError(f"{_source(image) or f'image {number}'}: {result}")
+            found.append(replace(result, source=_source(image)))
         return found
 
     def stream(
@@ -124,8 +123,10 @@ class Engine:
                     yield Outcome(source, None, image)
                     continue
                 result = next(results)
-                named = NonFiniteError(f"{source}: {result}") if isinstance(result, FpnEngineError) else result
-                yield Outcome(source, image, named.named(source) if isinstance(named, Detections) else named)
+                if isinstance(result, NonFiniteError):
+                    yield Outcome(source, image, NonFiniteError(f"{source}: {result}"))
+                else:
+                    yield Outcome(source, image, replace(result, source=source))
 
     def propose(self, images: ImageLike | Sequence[ImageLike]) -> list[ProposalBoxes]:
         """The RPN's class-agnostic proposals (Lin et al. 2017, sec. 4.1), at most rpn_post_nms_top_n_test each.
@@ -144,7 +145,7 @@ class Engine:
                 finite = self._pipeline.find_finite(out).tolist()
             for row, index in enumerate(indices):
                 if not finite[row]:
-                    raise NonFiniteError(f"image {index}: {NON_FINITE_REASON}")
+                    raise NonFiniteError(f"{_source(listed[index]) or f'image {index}'}: {NON_FINITE_REASON}")
                 n = int(proposals.counts[row])
                 ratio = _ratio(pixels[index], image_sizes[row])
                 found[index] = ProposalBoxes(
@@ -215,7 +216,7 @@ def _check_fit(manifest: Manifest) -> None:
     """Raise PlanError, naming the field, if a plan was built for something else than what is here."""
     installed = runtime_version()
     built = manifest.versions.get("onnxruntime", "none")
-    rebuild = f"build it again with: fpn-engine build {shlex.quote(manifest.source)}"
+    rebuild = rebuild_hint(manifest)
     if manifest.backend != "onnxruntime" or manifest.precision != "fp32" or manifest.device != "cpu":
         kind = f"{manifest.backend} {manifest.precision} on {manifest.device}"
         raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild}")
@@ -231,6 +232,11 @@ def _ratio(image: Pixels, resized: torch.Tensor) -> NDArray[np.float32]:
     return np.array([w, h, w, h], dtype=np.float32)
 
 
+def _source(image: Any) -> str | None:
+    """The name of an image that was given as a path."""
+    return str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else None
+
+
 def _read_all(images: Sequence[Any]) -> list[Pixels]:
     """The pixels of each; an error says which of several it was, unless it is a file, whose name is in it."""
     pixels = []
@@ -238,7 +244,7 @@ def _read_all(images: Sequence[Any]) -> list[Pixels]:
         try:
             pixels.append(to_array(image))
         except ImageError as error:
-            if len(images) == 1 or isinstance(image, (str, os.PathLike)):
+            if len(images) == 1 or _source(image) is not None:
                 raise
             raise ImageError(f"image {number}: {error}") from error
     return pixels

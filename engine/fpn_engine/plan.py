@@ -104,7 +104,9 @@ def read_plan(path: Path) -> Plan:
     with _open(path) as archive:
         manifest = _manifest(path, archive)
         if sorted(archive.namelist()) != sorted([MANIFEST, *manifest.parts]):
-            raise PlanError(f"{path} is damaged: it holds other files than its {MANIFEST} says; {_rebuild(manifest)}")
+            raise PlanError(
+                f"{path} is damaged: it holds other files than its {MANIFEST} says; {rebuild_hint(manifest)}"
+            )
         return Plan(manifest, {name: _part(path, archive, name, manifest) for name in manifest.parts})
 
 
@@ -162,13 +164,13 @@ def _part(path: Path, archive: zipfile.ZipFile, name: str, manifest: Manifest) -
     part = manifest.parts[name]
     info = archive.getinfo(name)
     if info.file_size != part.size:
-        raise PlanError(f"{path} is damaged: part {name} has the wrong size; {_rebuild(manifest)}")
+        raise PlanError(f"{path} is damaged: part {name} has the wrong size; {rebuild_hint(manifest)}")
     try:
         data = _read_stored(archive, info)
     except _DAMAGE:
         data = b""
     if _sha256(data) != part.sha256:
-        raise PlanError(f"{path} is damaged: part {name} does not match its sha256; {_rebuild(manifest)}")
+        raise PlanError(f"{path} is damaged: part {name} does not match its sha256; {rebuild_hint(manifest)}")
     return data
 
 
@@ -179,7 +181,8 @@ def _read_stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return archive.read(info)
 
 
-def _rebuild(manifest: Manifest) -> str:
+def rebuild_hint(manifest: Manifest) -> str:
+    """The command that makes the plan anew."""
     return _rebuild_from(manifest.source)
 
 

@@ -23,6 +23,9 @@ from fpn_engine.spec import Category, ModelSpec
 from fpn_export.build import build_plan
 from fpn_export.detector import FasterRCNN
 from fpn_export.onnx_export import export_onnx
+from tests.threads import one_thread
+
+__all__ = ["one_thread"]
 
 Pixels = NDArray[np.uint8]
 
@@ -46,15 +49,6 @@ class Tiny(NamedTuple):
     checkpoint: Path
     model: Path
     plan: Path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

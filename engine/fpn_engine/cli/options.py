@@ -14,5 +14,6 @@ PlanOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Most images run at once.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads; default one per core.")
+    int | None,
+    typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads of trunk and head; default one per core."),
 ]
