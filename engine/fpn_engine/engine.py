@@ -17,7 +17,7 @@ from fpn_engine.backends.ort import OrtHead, OrtTrunk, runtime_version
 from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError
 from fpn_engine.images import to_array
-from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Thresholds
+from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Proposals, Thresholds
 from fpn_engine.plan import Manifest, Plan, read_plan, rebuild_hint
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
@@ -56,24 +56,32 @@ class Engine:
     never padded further to fit a batch.
 
     Args:
-        plan: see :func:`fpn_engine.plan.read_plan`. batch_size: most images run at once.
-        threads: CPU threads for the neural parts; None takes one per core.
+        pipeline: the detector; :meth:`load` makes it from a plan, ``FpnDetector.pipeline`` is PyTorch's own.
+        batch_size: most images run at once.
     """
 
-    def __init__(self, plan: Plan, *, batch_size: int = 1, threads: int | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, *, batch_size: int = 1) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self.manifest: Manifest = plan.manifest
-        self.spec: ModelSpec = plan.manifest.spec
+        self.spec: ModelSpec = pipeline.spec
         self.batch_size = batch_size
+        self._pipeline = pipeline
+
+    @classmethod
+    def from_plan(cls, plan: Plan, *, batch_size: int = 1, threads: int | None = None) -> Self:
+        """Make a plan ready; ``threads`` are the CPU threads of its neural parts, None takes one per core.
+
+        Raises: PlanError if it was built for something else than what is here.
+        """
         _check_fit(plan.manifest)
-        trunk = OrtTrunk(plan.parts[TRUNK], self.spec, threads)
-        self._pipeline = Pipeline(self.spec, trunk, OrtHead(plan.parts[HEAD], threads))
+        spec = plan.manifest.spec
+        trunk = OrtTrunk(plan.parts[TRUNK], spec, threads)
+        return cls(Pipeline(spec, trunk, OrtHead(plan.parts[HEAD], threads)), batch_size=batch_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None) -> Self:
         """Read and check a plan. Raises PlanError in one sentence that says how to rebuild."""
-        return cls(read_plan(Path(path)), batch_size=batch_size, threads=threads)
+        return cls.from_plan(read_plan(Path(path)), batch_size=batch_size, threads=threads)
 
     def __call__(
         self,
@@ -143,6 +151,7 @@ class Engine:
                 out = self._pipeline.trunk(batch)
                 proposals = self._pipeline.propose(out, size, image_sizes)
                 finite = self._pipeline.find_finite(out).tolist()
+                proposals = Proposals(*(t.cpu() for t in proposals))
             for row, index in enumerate(indices):
                 if not finite[row]:
                     raise NonFiniteError(f"{_source(listed[index]) or f'image {index}'}: {NON_FINITE_REASON}")
@@ -166,7 +175,7 @@ class Engine:
         for indices, size in self._batches(images):
             batch, image_sizes = self._preprocess([images[i] for i in indices], size)
             with torch.inference_mode():
-                padded = self._pipeline(batch, image_sizes, thresholds)
+                padded = PaddedDetections(*(t.cpu() for t in self._pipeline(batch, image_sizes, thresholds)))
             for row, index in enumerate(indices):
                 results[index] = self._trim(padded, row, images[index], image_sizes[row])
         return [result for result in results if result is not None]
@@ -194,7 +203,7 @@ class Engine:
             self.spec.image_std,
             reverse_channels=self.spec.channel_order == "bgr",
         )
-        return batch, image_sizes
+        return batch.to(self._pipeline.device), image_sizes.to(self._pipeline.device)
 
     def _trim(
         self, padded: PaddedDetections, row: int, image: Pixels, image_size: torch.Tensor

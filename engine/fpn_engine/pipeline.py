@@ -1,7 +1,8 @@
 """The pipeline: from a preprocessed batch to padded detections, the same dataflow for every backend.
 
 trunk -> select -> decode -> NMS per level -> RoIAlign -> box head -> candidates -> NMS per class
-(Lin et al. 2017, sec. 4). Everything is padded to fixed shapes with counts beside it.
+(Lin et al. 2017, sec. 4). An RPN alone ends after the first NMS, a Fast R-CNN begins after it with given proposals.
+Everything is padded to fixed shapes with counts beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
@@ -19,6 +21,7 @@ from fpn_kernels import (
     decode_proposals,
     make_base_anchors,
     multilevel_roi_align,
+    multilevel_roi_pool,
     padded_nms,
     select_candidates,
     select_topk,
@@ -29,7 +32,10 @@ OK, NON_FINITE = 0, 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """What may change from call to call without a rebuild; scores and IoUs in 0..1."""
+    """What may change from call to call without a rebuild; scores and IoUs in 0..1.
+
+    The boxes are the detections; those of an RPN alone are its proposals.
+    """
 
     box_score_thresh: float
     box_nms_thresh: float
@@ -44,10 +50,10 @@ class Thresholds:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Self:
+        of_boxes = (spec.box_score_thresh, spec.box_nms_thresh)
+        score, nms = of_boxes if spec.has_box_head else (spec.rpn_score_thresh, spec.rpn_nms_thresh)
         return cls(
-            box_score_thresh=spec.box_score_thresh,
-            box_nms_thresh=spec.box_nms_thresh,
-            box_detections_per_img=spec.box_detections_per_img,
+            box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=spec.box_detections_per_img
         )
 
     def override(self, **changes: Any) -> Self:
@@ -67,6 +73,11 @@ class Proposals(NamedTuple):
     boxes: Tensor
     scores: Tensor
     counts: Tensor
+
+    @classmethod
+    def given(cls, boxes: Tensor, counts: Tensor) -> Self:
+        """Proposals of another detector, without scores; arguments as the attributes."""
+        return cls(boxes, boxes.new_ones(boxes.shape[:2]), counts)
 
 
 class PaddedDetections(NamedTuple):
@@ -89,33 +100,56 @@ class Pipeline:
     """Runs a trunk and a box head, and everything between and behind them.
 
     Args:
-        spec: the model. trunk, head: its two neural parts, on ``device``.
+        spec: the model. trunk, head: its two neural parts, on ``device``; an RPN alone has no head.
     """
 
-    def __init__(self, spec: ModelSpec, trunk: Trunk, head: BoxHead, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, spec: ModelSpec, trunk: Trunk, head: BoxHead | None, device: torch.device | str = "cpu"
+    ) -> None:
         self.spec = spec
         self.trunk = trunk
         self.head = head
+        self.device = torch.device(device)
         anchors = [make_base_anchors(sizes, spec.aspect_ratios) for sizes in spec.anchor_sizes]
         self._base_anchors = torch.stack(anchors).to(device)
         first = spec.roi_levels[0] - spec.levels[0]
-        self._roi_levels = slice(first, first + len(spec.roi_levels))
+        self._roi_levels = slice(first, first + len(spec.roi_levels) if spec.has_box_head else first)
         self._roi_strides = [float(2**level) for level in spec.roi_levels]
 
-    def __call__(self, images: Tensor, image_sizes: Tensor, thresholds: Thresholds) -> PaddedDetections:
+    def __call__(
+        self, images: Tensor, image_sizes: Tensor, thresholds: Thresholds, proposals: Proposals | None = None
+    ) -> PaddedDetections:
         """Detect in a preprocessed batch.
 
         Args:
             images: (N, 3, H, W), normalised and padded to a multiple of 32.
             image_sizes: (N, 2) int64, resized height and width before padding.
+            proposals: of another detector, for a Fast R-CNN; their scores are not used.
+        Raises: ValueError for a Fast R-CNN without proposals.
         """
+        if proposals is None and not self.spec.has_rpn:
+            raise ValueError("a fast_rcnn detects among given proposals, but there are none")
         out = self.trunk(images)
-        proposals = self.propose(out, images.shape[-2:], image_sizes)
+        if not self.spec.has_box_head:
+            return self._as_detections(out, self.propose(out, images.shape[-2:], image_sizes, thresholds), thresholds)
+        if proposals is None:
+            proposals = self.propose(out, images.shape[-2:], image_sizes)
         return self.classify(out, proposals, image_sizes, thresholds)
 
-    def propose(self, out: TrunkOutput, padded_size: Sequence[int], image_sizes: Tensor) -> Proposals:
-        """The RPN's proposals: k best per level, decoded and clipped, NMS within the level, then the best of all."""
+    def propose(
+        self,
+        out: TrunkOutput,
+        padded_size: Sequence[int],
+        image_sizes: Tensor,
+        thresholds: Thresholds | None = None,
+    ) -> Proposals:
+        """The RPN's proposals: k best per level, decoded and clipped, NMS within the level, then the best of all.
+
+        Score and IoU are those of ``thresholds``, which of an RPN alone are the spec's for proposals; None takes these.
+        """
         spec = self.spec
+        score_thresh = thresholds.box_score_thresh if thresholds else spec.rpn_score_thresh
+        nms_thresh = thresholds.box_nms_thresh if thresholds else spec.rpn_nms_thresh
         k = spec.rpn_pre_nms_top_n_test
         logits, indices, levels = select_topk(out.objectness, k)
         boxes, scores = decode_proposals(
@@ -127,18 +161,30 @@ class Pipeline:
             image_sizes,
             k=k,
             min_size=spec.rpn_min_size,
-            score_thresh=spec.rpn_score_thresh,
+            score_thresh=score_thresh,
         )
         groups = levels.expand(len(logits), -1)
-        keep, counts = padded_nms(boxes, scores, groups, spec.rpn_nms_thresh, spec.rpn_post_nms_top_n_test)
+        keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test)
         if counts.device.type == "cpu":  # reading a count costs nothing here and saves the head empty rows
             keep = keep[:, : max(1, int(counts.max()))]
         return Proposals(_take(boxes, keep), _take(scores[..., None], keep)[..., 0], counts)
+
+    def _as_detections(self, out: TrunkOutput, proposals: Proposals, thresholds: Thresholds) -> PaddedDetections:
+        """The best proposals as detections of label 1."""
+        limit = thresholds.box_detections_per_img
+        missing = max(0, limit - proposals.scores.shape[1])
+        boxes = F.pad(proposals.boxes[:, :limit], (0, 0, 0, missing))
+        scores = F.pad(proposals.scores[:, :limit], (0, missing))
+        counts = proposals.counts.clamp(max=limit)
+        labels = (torch.arange(limit, device=counts.device) < counts[:, None]).to(torch.int64)
+        return PaddedDetections(boxes, scores, labels, counts, torch.where(self.find_finite(out), OK, NON_FINITE))
 
     def classify(
         self, out: TrunkOutput, proposals: Proposals, image_sizes: Tensor, thresholds: Thresholds
     ) -> PaddedDetections:
         """Fast R-CNN on given proposals (sec. 4.2)."""
+        if self.head is None:
+            raise ValueError("an rpn has no box head")
         spec = self.spec
         n, slots = proposals.boxes.shape[:2]
         image = torch.arange(n, dtype=torch.float32, device=proposals.boxes.device)
@@ -167,19 +213,23 @@ class Pipeline:
         )
 
     def pool(self, out: TrunkOutput, rois: Tensor, counts: Tensor | None = None) -> Tensor:
-        """RoIAlign as the spec has it; see :func:`fpn_kernels.multilevel_roi_align`."""
-        spec = self.spec
+        """RoI features (R, C, S, S) as the spec has it.
+
+        See :func:`fpn_kernels.multilevel_roi_align` and :func:`fpn_kernels.multilevel_roi_pool`.
+        """
+        spec, pool = self.spec, self.spec.box_roi_pool
+        shared: dict[str, Any] = {
+            "output_size": pool.output_size,
+            "strides": self._roi_strides,
+            "min_level": spec.roi_levels[0],
+            "canonical_level": spec.canonical_level,
+            "canonical_size": spec.canonical_size,
+        }
+        features = out.features[self._roi_levels]
+        if pool.kind == "max":
+            return multilevel_roi_pool(features, rois, counts, **shared)
         return multilevel_roi_align(
-            out.features[self._roi_levels],
-            rois,
-            counts,
-            output_size=spec.box_roi_pool.output_size,
-            strides=self._roi_strides,
-            sampling_ratio=spec.box_roi_pool.sampling_ratio,
-            aligned=spec.box_roi_pool.aligned,
-            min_level=spec.roi_levels[0],
-            canonical_level=spec.canonical_level,
-            canonical_size=spec.canonical_size,
+            features, rois, counts, sampling_ratio=pool.sampling_ratio, aligned=pool.aligned, **shared
         )
 
     def find_finite(self, out: TrunkOutput) -> Tensor:

@@ -198,7 +198,7 @@ def test_a_plan_for_something_else(change: dict[str, object], message: str, tiny
     plan = read_plan(tiny.plan)
     manifest = dataclasses.replace(plan.manifest, **change)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=f"{message}.*; build it again with: fpn-engine build tiny.onnx"):
-        Engine(dataclasses.replace(plan, manifest=manifest))
+        Engine.from_plan(dataclasses.replace(plan, manifest=manifest))
 
 
 def test_loading(tiny: Tiny, tmp_path: Path) -> None:

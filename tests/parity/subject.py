@@ -62,7 +62,7 @@ class Subject:
     def engine(self, *, batch_size: int = 1, **changes: Any) -> Engine:
         """The plan, loaded, with fields of its spec changed; none that the cut parts depend on."""
         manifest = dataclasses.replace(self.plan.manifest, spec=dataclasses.replace(self.spec, **changes))
-        return Engine(Plan(manifest, self.plan.parts), batch_size=batch_size)
+        return Engine.from_plan(Plan(manifest, self.plan.parts), batch_size=batch_size)
 
     def oracle(self, **changes: Any) -> Oracle:
         spec = dataclasses.replace(self.spec, **changes)

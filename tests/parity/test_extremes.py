@@ -121,7 +121,7 @@ def test_a_weight_that_is_not_finite_is_an_error(subject: Subject, part: str, va
     array = numpy_helper.to_array(weight).copy()
     array.reshape(-1)[:: max(1, array.size // 97)] = value
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
-    engine = Engine(Plan(subject.plan.manifest, {**subject.plan.parts, part: model.SerializeToString()}))
+    engine = Engine.from_plan(Plan(subject.plan.manifest, {**subject.plan.parts, part: model.SerializeToString()}))
     with pytest.raises(NonFiniteError, match="image 0: the network gave NaN or infinity"):
         engine(make_picture(120, 160))
     (outcome,) = engine.stream(["a.png"], read=lambda path: make_picture(120, 160))

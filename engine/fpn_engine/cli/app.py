@@ -12,6 +12,8 @@ from fpn_engine.cli.eval import evaluate
 from fpn_engine.cli.export import export
 from fpn_engine.cli.infer import infer
 from fpn_engine.cli.info import info
+from fpn_engine.cli.scenes import scenes
+from fpn_engine.cli.train import train
 
 EPILOG = (
     "Exit codes: 0 done, 1 error, 2 wrong usage, 3 some images failed, 4 all images failed, "
@@ -33,6 +35,8 @@ app.command(no_args_is_help=True)(export)
 app.command(no_args_is_help=True)(build)
 app.command(no_args_is_help=True, epilog=EPILOG)(infer)
 app.command(name="eval", no_args_is_help=True)(evaluate)
+app.command(no_args_is_help=True)(train)
+app.command(no_args_is_help=True)(scenes)
 app.command(no_args_is_help=True)(info)
 app.command()(doctor)
 

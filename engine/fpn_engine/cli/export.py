@@ -42,7 +42,7 @@ def export(
         "box_nms_thresh": nms,
         "categories": _categories(classes),
     }
-    overrides = {name: value for name, value in overrides.items() if value is not None} | _assignments(set_ or [])
+    overrides = {name: value for name, value in overrides.items() if value is not None} | assignments(set_ or [])
 
     import onnx
 
@@ -81,7 +81,7 @@ def _categories(names: str | None) -> list[dict[str, Any]] | None:
     return [{"id": number, "name": name} for number, name in enumerate(listed, start=1)]
 
 
-def _assignments(given: list[str]) -> dict[str, Any]:
+def assignments(given: list[str]) -> dict[str, Any]:
     values = {}
     for assignment in given:
         key, sign, text = assignment.partition("=")

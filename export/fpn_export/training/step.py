@@ -11,7 +11,7 @@ from torch import Tensor
 from fpn_engine.backends import TrunkOutput
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.spec import ModelSpec
-from fpn_export.detector import FasterRCNN
+from fpn_export.detector import FpnDetector
 from fpn_export.training.losses import Loss, box_head_loss, rpn_loss
 from fpn_export.training.targets import Objects, assign_anchors, assign_rois
 from fpn_kernels import make_base_anchors
@@ -37,7 +37,7 @@ def make_anchors(spec: ModelSpec, grids: Sequence[Sequence[int]], padded_size: S
 
 
 @torch.no_grad()
-def propose(model: FasterRCNN, out: TrunkOutput, padded_size: Sequence[int], image_sizes: Tensor) -> list[Tensor]:
+def propose(model: FpnDetector, out: TrunkOutput, padded_size: Sequence[int], image_sizes: Tensor) -> list[Tensor]:
     """Each image's (R_n, 4) proposals for the box head to learn on, best first; no gradient flows through them."""
     n = TRAINING_PROPOSALS
     spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=n, rpn_post_nms_top_n_test=n)
@@ -46,29 +46,48 @@ def propose(model: FasterRCNN, out: TrunkOutput, padded_size: Sequence[int], ima
 
 
 def compute_losses(
-    model: FasterRCNN,
+    model: FpnDetector,
     images: Tensor,
     image_sizes: Tensor,
     batch: Sequence[Objects],
     generator: torch.Generator | None = None,
+    *,
+    given: Sequence[Tensor] | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> dict[str, Loss]:
-    """The losses of the RPN and of the box head on one batch, differentiable in the model's weights.
+    """The losses of a detector's heads on one batch, differentiable in the model's weights.
 
     Args:
         images: (N, 3, H, W), normalised and padded. image_sizes: (N, 2) int64, resized height and width.
         batch: the objects of each image, boxes in pixels of the resized image.
         generator: for the sampling; None takes torch's global one.
-    Returns: ``{"rpn": Loss, "box_head": Loss}``; the sum of all four is minimised.
+        given: proposals of each image, (R_n, 4) float32 in pixels of the resized image, for a Fast R-CNN.
+        precision: of trunk and box head; all else is float32.
+    Returns: "rpn" for models that have one, "box_head" likewise; the sum of all their parts is minimised.
     """
     spec, padded = model.spec, images.shape[-2:]
-    out = model.trunk(images)
-    objectness = torch.cat([flatten_anchors(level, spec.num_anchors)[..., 0] for level in out.objectness], dim=1)
-    deltas = torch.cat([flatten_anchors(level, spec.num_anchors) for level in out.deltas], dim=1)
-    anchors = make_anchors(spec, [level.shape[-2:] for level in out.objectness], padded).to(images.device)
-    learned = assign_anchors(anchors, batch, generator)
-    rpn = rpn_loss(objectness.flatten(), deltas.reshape(-1, 4), learned.deltas, learned.positives, learned.negatives)
+    losses = {}
+    with _running_in(precision, images.device):
+        out = model.trunk(images)
+    # float32 from here: the gradients of overlapping RoIs would not add up in bfloat16
+    out = TrunkOutput(*(tuple(level.float() for level in part) for part in out))
+    if spec.model != "fast_rcnn":
+        objectness = torch.cat([flatten_anchors(level, spec.num_anchors)[..., 0] for level in out.objectness], dim=1)
+        deltas = torch.cat([flatten_anchors(level, spec.num_anchors) for level in out.deltas], dim=1)
+        anchors = make_anchors(spec, [level.shape[-2:] for level in out.objectness], padded).to(images.device)
+        learned = assign_anchors(anchors, batch, generator)
+        losses["rpn"] = rpn_loss(
+            objectness.flatten(), deltas.reshape(-1, 4), learned.deltas, learned.positives, learned.negatives
+        )
+    if spec.model != "rpn":
+        proposals = given if given is not None else propose(model, out, padded, image_sizes)
+        rois = assign_rois(proposals, batch, spec.bbox_reg_weights, generator)
+        pooled = model.pipeline.pool(out, rois.rois)
+        with _running_in(precision, images.device):
+            class_logits, box_deltas = model.head(pooled)
+        losses["box_head"] = box_head_loss(class_logits, box_deltas, rois.labels, rois.deltas)
+    return losses
 
-    proposals = propose(model, out, padded, image_sizes)
-    rois = assign_rois(proposals, batch, spec.bbox_reg_weights, generator)
-    class_logits, box_deltas = model.head(model.pipeline.pool(out, rois.rois))
-    return {"rpn": rpn, "box_head": box_head_loss(class_logits, box_deltas, rois.labels, rois.deltas)}
+
+def _running_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)

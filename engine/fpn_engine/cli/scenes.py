@@ -1,0 +1,28 @@
+"""``fpn-engine scenes``: generated pictures with annotations, to train and test on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpn_engine.cli.console import counting, note
+
+
+def scenes(
+    folder: Annotated[Path, typer.Argument(help="Where to write images/ and annotations.json.", show_default=False)],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed gives other scenes.")] = 0,
+    height: Annotated[int, typer.Option(min=32, help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(min=32, help="Pixels.")] = 640,
+) -> None:
+    """Generate scenes: textured shapes of ten classes, 8 to 400 pixels large, as PNG files and COCO annotations.
+
+    The same seed gives the same scenes on every machine.
+    """
+    from fpn_export.scenes import write_coco
+
+    with counting("drawing", count) as advance:
+        path = write_coco(folder, seed, count, (height, width), on_image=advance)
+    note(f"{path}: {count} scenes of seed {seed}")

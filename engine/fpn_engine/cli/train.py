@@ -1,0 +1,239 @@
+"""``fpn-engine train``: annotated images to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fpn_engine.cli.console import note, stderr
+from fpn_engine.cli.export import assignments
+from fpn_engine.errors import FpnEngineError
+
+if TYPE_CHECKING:
+    from fpn_engine.spec import ModelSpec
+    from fpn_export.training.trainer import Progress
+
+DATA, MODEL, RECIPE, RUN = "What to learn", "The model", "The recipe", "The run"
+PAPER_EPOCHS = 12  # 80k steps of 16 images on COCO's 118k
+
+
+def train(
+    annotations: Annotated[
+        list[Path],
+        typer.Option(
+            help="COCO instances JSON, or a Pascal VOC folder or split; repeatable.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ],
+    images: Annotated[
+        Path, typer.Option(help="Folder of the images that it names.", show_default=False, rich_help_panel=DATA)
+    ],
+    val_annotations: Annotated[
+        Path | None, typer.Option(help="What to score on; the best model is kept by it.", rich_help_panel=DATA)
+    ] = None,
+    val_images: Annotated[Path | None, typer.Option(help="Default: --images.", rich_help_panel=DATA)] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", rich_help_panel=RUN)] = Path(
+        "run"
+    ),
+    arch: Annotated[str, typer.Option(help="resnet18, 34, 50 or 101.", rich_help_panel=MODEL)] = "resnet50",
+    min_size: Annotated[
+        int, typer.Option(help="Pixels of the short side after resizing.", rich_help_panel=MODEL)
+    ] = 800,
+    max_size: Annotated[int, typer.Option(help="Most pixels of the long side.", rich_help_panel=MODEL)] = 1333,
+    fpn_channels: Annotated[int, typer.Option(help="Width of the pyramid.", rich_help_panel=MODEL)] = 256,
+    representation_size: Annotated[
+        int, typer.Option(min=1, help="Width of the box head's hidden layers.", rich_help_panel=MODEL)
+    ] = 1024,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=JSON", help="Any other field of the spec; repeatable.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="ImageNet classifier or detector to start from; default: from scratch.", rich_help_panel=RECIPE
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0, help="Default 12, with resnet101 24.", rich_help_panel=RECIPE)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates, instead of --epochs.", rich_help_panel=RECIPE)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per update, over all GPUs.", rich_help_panel=RECIPE)] = 16,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default 0.02 for 16 images, in proportion.", rich_help_panel=RECIPE)
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="step (at 3/4) or cosine.", rich_help_panel=RECIPE)] = "step",
+    warmup: Annotated[int, typer.Option(min=0, help="Updates of linear warm-up.", rich_help_panel=RECIPE)] = 500,
+    nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov momentum.", rich_help_panel=RECIPE)] = False,
+    clip_norm: Annotated[float, typer.Option(min=0, help="Largest gradient norm; 0: any.", rich_help_panel=RECIPE)] = 0,
+    scales: Annotated[
+        tuple[float, float], typer.Option(help="Range of random factors on the image size.", rich_help_panel=RECIPE)
+    ] = (1.0, 1.0),
+    brightness: Annotated[float, typer.Option(help="Largest random change, 0.2 for 20 %.", rich_help_panel=RECIPE)] = 0,
+    freeze_norm: Annotated[
+        bool | None,
+        typer.Option(help="Fixed batch norms; default: if --init is a classifier.", rich_help_panel=RECIPE),
+    ] = None,
+    frozen_stages: Annotated[
+        int | None,
+        typer.Option(min=0, max=5, help="Default 2 (stem, c2) if --init is a classifier.", rich_help_panel=RECIPE),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.", rich_help_panel=RECIPE)] = "fp32",
+    seed: Annotated[int, typer.Option(min=0, rich_help_panel=RECIPE)] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: CUDA if there.", rich_help_panel=RUN)
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images ahead.", rich_help_panel=RUN)] = 0,
+    validate_every: Annotated[int, typer.Option(min=1, help="Updates between scores.", rich_help_panel=RUN)] = 1000,
+    save_every: Annotated[int, typer.Option(min=1, help="Updates between saved states.", rich_help_panel=RUN)] = 200,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the run in the folder.", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Train a detector: the paper's recipe, joint and end to end.
+
+    The folder of the run gets best.pth and last.pth, each with its JSON, log.csv and scores.csv. A run that was stopped
+    or killed goes on with the same command. Several GPUs: torchrun --nproc-per-node 8 -m fpn_engine train ...
+    """
+    from fpn_engine.annotations import load_annotations
+    from fpn_export.training.initial_weights import is_classifier
+    from fpn_export.training.job import Job
+    from fpn_export.training.job import train as run_job
+    from fpn_export.training.recipe import Recipe
+    from fpn_export.training.trainer import Habits
+
+    truths = [load_annotations(path) for path in annotations]
+    if any(truth.categories != truths[0].categories for truth in truths):
+        raise FpnEngineError("the annotation files have different categories; give those of one data set")
+    spec = _make_spec(
+        {
+            "categories": [{"id": c.id, "name": c.name} for c in truths[0].categories],
+            "arch": arch,
+            "min_size": min_size,
+            "max_size": max_size,
+            "fpn_channels": fpn_channels,
+        }
+        | assignments(set_ or [])
+    )
+    from_classifier = init is not None and is_classifier(init)
+    if epochs is None:
+        epochs = PAPER_EPOCHS * (2 if arch == "resnet101" else 1)
+    with_objects = sum(len({a.image_id for a in truth.annotations if not a.iscrowd}) for truth in truths)
+    recipe = Recipe(
+        steps=steps or max(1, round(epochs * with_objects / batch)),
+        batch_size=batch,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup_steps=warmup,
+        nesterov=nesterov,
+        clip_norm=clip_norm,
+        scales=scales,
+        brightness=brightness,
+        freeze_norm=from_classifier if freeze_norm is None else freeze_norm,
+        frozen_stages=(2 if from_classifier else 0) if frozen_stages is None else frozen_stages,
+        precision=precision,
+        seed=seed,
+    )
+    job = Job(
+        annotations=annotations,
+        images=images,
+        val_annotations=val_annotations,
+        val_images=val_images,
+        output=output,
+        spec=spec,
+        representation_size=representation_size,
+        recipe=recipe,
+        habits=Habits(validate_every=validate_every, save_every=save_every, workers=workers),
+        init=init,
+        device=device,
+        restart=restart,
+    )
+    stop = StopRequest()
+    with stop, _Display(recipe.steps) as display:
+        outcome = run_job(job, display.update, stop, note)
+    if not outcome.complete:
+        note(f"stopped after step {outcome.step} of {recipe.steps}; the same command goes on from there")
+        raise SystemExit(stop.exit_code)
+    if int(os.environ.get("RANK", 0)) == 0:
+        best = "" if outcome.best is None else f", best {'AR1000' if spec.model == 'rpn' else 'AP'} {outcome.best:.3f}"
+        note(f"trained {recipe.steps} steps{best}")
+        note(f"next: fpn-engine export {output / 'best.pth'}")
+
+
+def _make_spec(values: dict[str, Any]) -> ModelSpec:
+    from fpn_engine.spec import ModelSpec
+
+    return ModelSpec.from_dict(values)
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the run to end after the update at hand; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.exit_code != 0
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.exit_code = 128 + number
+        signal.signal(number, self._before[number])
+        note("stopping after this step; once more stops at once")
+
+
+class _Display:
+    """A progress bar with the losses while stderr is a terminal, else a line from time to time; scores as they come."""
+
+    def __init__(self, steps: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]} rate {task.fields[rate]}"),
+        )
+        console = stderr()
+        self._steps = steps
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("training", total=steps, loss="-", rate="-")
+        self._print: Callable[[str], None] = self._progress.console.print
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, progress: Progress) -> None:
+        from fpn_export.training.validation import main_figure
+
+        loss = f"{progress.losses['loss']:.3f}"
+        self._progress.update(self._task, completed=progress.step, loss=loss, rate=f"{progress.rate:.2g}")
+        if progress.score is not None:
+            name, figure = main_figure(progress.score)
+            self._print(f"step {progress.step}: {name} {figure:.3f}")
+        elif self._progress.disable and progress.step % max(1, self._steps // 50) == 0:
+            self._print(f"step {progress.step}/{self._steps}: loss {loss}, {progress.seconds / 60:.1f} min")

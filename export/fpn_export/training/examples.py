@@ -1,0 +1,137 @@
+"""Examples: annotated images of a data set, read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpn_engine.annotations import CocoGroundTruth
+from fpn_engine.errors import AnnotationError, ImageError
+from fpn_engine.images import to_array
+from fpn_engine.spec import Category
+
+Boxes = NDArray[np.float32]
+
+
+class Example(NamedTuple):
+    """One image and what is to be found in it.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB.
+        boxes: (M, 4) float32, x1 y1 x2 y2 in pixels of the image. labels: (M,) int64 from 1.
+        proposals: (R, 4) float32, boxes for a Fast R-CNN to classify, or None.
+    """
+
+    pixels: NDArray[np.uint8]
+    boxes: Boxes
+    labels: NDArray[np.int64]
+    proposals: Boxes | None = None
+
+
+class Examples(Protocol):
+    """What a detector is trained on. ``shapes`` are (height, width) of each image, for batches of one orientation."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    path: Path
+    shape: tuple[int, int]
+    boxes: Boxes
+    labels: NDArray[np.int64]
+    proposals: Boxes | None
+
+
+class AnnotatedExamples:
+    """The images of an annotation file that have objects; crowds and boxes without area are left out.
+
+    Args:
+        truth: the annotations. folder: where its images lie.
+        categories: of the model, in label order; annotations of other categories are left out.
+        proposals: (R, 4) float32 boxes in pixels of the image by image id, for Fast R-CNN.
+    Raises: AnnotationError if images are missing, without proposals, or none has an object.
+    """
+
+    def __init__(
+        self,
+        truth: CocoGroundTruth,
+        folder: Path,
+        categories: Sequence[Category],
+        proposals: Mapping[int, Boxes] | None = None,
+    ) -> None:
+        truth.check_categories(categories)
+        labels = {category.id: label for label, category in enumerate(categories, start=1)}
+        objects: dict[int, list[tuple[float, float, float, float, int]]] = {image.id: [] for image in truth.images}
+        for annotation in truth.annotations:
+            x, y, width, height = annotation.bbox
+            if not annotation.iscrowd and width > 0 and height > 0 and annotation.category_id in labels:
+                objects[annotation.image_id].append((x, y, x + width, y + height, labels[annotation.category_id]))
+        self._listed = []
+        for image in truth.images:
+            rows = np.array(objects[image.id], np.float64).reshape(-1, 5)
+            if len(rows) == 0:
+                continue
+            if proposals is not None and image.id not in proposals:
+                raise AnnotationError(f"there are no proposals for {image.file_name} (image {image.id})")
+            self._listed.append(
+                _Listed(
+                    folder / image.file_name,
+                    (image.height, image.width),
+                    rows[:, :4].astype(np.float32),
+                    rows[:, 4].astype(np.int64),
+                    None if proposals is None else proposals[image.id],
+                )
+            )
+        if not self._listed:
+            raise AnnotationError("no annotated image has an object to learn; check the annotations")
+        missing = [entry.path for entry in self._listed if not os.path.isfile(entry.path)]
+        if missing:
+            raise AnnotationError(
+                f"{len(missing)} of {len(self._listed)} annotated images are not in {folder}, the first is "
+                f"{missing[0].name}; check --images"
+            )
+        self.shapes = [entry.shape for entry in self._listed]
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises: ImageError for an image that cannot be read or has another size than annotated."""
+        entry = self._listed[index]
+        pixels = to_array(entry.path)
+        if pixels.shape[:2] != entry.shape:
+            raise ImageError(
+                f"{entry.path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but its annotations are for "
+                f"{entry.shape[1]}x{entry.shape[0]}"
+            )
+        return Example(pixels, entry.boxes, entry.labels, entry.proposals)
+
+
+class JoinedExamples:
+    """Several sets of examples, one after another."""
+
+    def __init__(self, parts: Sequence[Examples]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+        self.shapes = [shape for part in parts for shape in part.shapes]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]

@@ -1,0 +1,168 @@
+"""Job: everything that ``fpn-engine train`` was asked for, from files to a trained detector."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fpn_engine.annotations import load_annotations
+from fpn_engine.errors import AnnotationError, FpnEngineError
+from fpn_engine.spec import ModelSpec
+from fpn_export.detector import FasterRCNN, FpnDetector
+from fpn_export.training.examples import AnnotatedExamples, Boxes, Examples, JoinedExamples
+from fpn_export.training.initial_weights import Taken, load_initial_weights
+from fpn_export.training.processes import Processes, join_processes, leave_processes
+from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
+from fpn_export.training.recipe import Recipe
+from fpn_export.training.run_folder import RunFolder
+from fpn_export.training.trainer import Habits, Progress, Trainer
+from fpn_export.training.validation import CocoValidation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training run.
+
+    Attributes:
+        annotations: what to learn, each as :func:`fpn_engine.annotations.load_annotations` takes it; they name images
+            in the folder ``images``. val_annotations, val_images: what to score on, or None.
+        output: folder of the run.
+        spec: the model. representation_size: width of the box head's hidden layers.
+        init: a file for :func:`load_initial_weights`, or None to start from scratch.
+        proposals, val_proposals: by image id, for Fast R-CNN.
+        device: "cpu", "cuda", or None for whichever is there.
+        restart: forget the run in the folder.
+    """
+
+    annotations: Sequence[Path]
+    images: Path
+    val_annotations: Path | None = None
+    val_images: Path | None = None
+    output: Path
+    spec: ModelSpec
+    representation_size: int = 1024
+    recipe: Recipe
+    habits: Habits = field(default_factory=Habits)
+    init: Path | None = None
+    proposals: Mapping[int, Boxes] | None = None
+    val_proposals: Mapping[int, Boxes] | None = None
+    device: str | None = None
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended: complete or stopped, after how many updates, and with what best figure of validation."""
+
+    complete: bool
+    step: int
+    best: float | None
+
+
+def train(
+    job: Job,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_note: Callable[[str], None] = lambda sentence: None,
+) -> Outcome:
+    """Run ``job``, or take it up where it was stopped.
+
+    Raises: FpnEngineError in one sentence for anything that the caller can put right.
+    """
+    with _joined(job) as processes, _opened(job, processes) as folder:
+        model, taken = make_model(job)
+        if taken and processes.is_first:
+            on_note(f"{len(model.state_dict()) - len(taken.missing)} tensors from {job.init}")
+        examples, validation = _read_data(job)
+        trainer = Trainer(
+            model,
+            examples,
+            job.recipe,
+            folder,
+            processes,
+            data={
+                "annotations": [_digest(path) for path in job.annotations],
+                "init": taken.sha256 if taken else None,
+                "proposals": None if job.proposals is None else _digest_proposals(job.proposals),
+            },
+            habits=job.habits,
+            validation=validation,
+        )
+        if trainer.step and processes.is_first:
+            on_note(f"going on after step {trainer.step} of {job.recipe.steps} in {job.output}")
+        complete = trainer.run(on_progress, should_stop)
+        return Outcome(complete=complete, step=trainer.step, best=trainer.best)
+
+
+def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:
+    """The model with its initial weights, drawn from the recipe's seed or read from ``job.init``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_state(job.recipe.seed, INITIAL_WEIGHTS).randint(2**31)))
+        model: FpnDetector = FasterRCNN(job.spec, representation_size=job.representation_size)
+    return model, load_initial_weights(model, job.init) if job.init else None
+
+
+def _read_data(job: Job) -> tuple[Examples, CocoValidation | None]:
+    if job.proposals is not None and len(job.annotations) > 1:
+        raise AnnotationError("proposals are by image id and need a single annotation file")
+    examples = JoinedExamples(
+        [
+            AnnotatedExamples(load_annotations(path), job.images, job.spec.categories, job.proposals)
+            for path in job.annotations
+        ]
+    )
+    if job.val_annotations is None:
+        return examples, None
+    val_truth = load_annotations(job.val_annotations)
+    if job.spec.model != "rpn":
+        val_truth.check_categories(job.spec.categories)
+    if not any(not annotation.iscrowd for annotation in val_truth.annotations):
+        raise AnnotationError(f"{job.val_annotations} has no object to score on")
+    return examples, CocoValidation(val_truth, job.val_images or job.images, job.val_proposals)
+
+
+@contextlib.contextmanager
+def _joined(job: Job) -> Iterator[Processes]:
+    processes = join_processes(job.device)
+    if job.recipe.batch_size % processes.world_size:
+        raise FpnEngineError(
+            f"a batch of {job.recipe.batch_size} does not divide among {processes.world_size} processes; "
+            "give another --batch"
+        )
+    try:
+        yield processes
+    finally:
+        leave_processes(processes)
+
+
+@contextlib.contextmanager
+def _opened(job: Job, processes: Processes) -> Iterator[RunFolder]:
+    folder = RunFolder(job.output, alone=processes.is_first)
+    try:
+        if job.restart and processes.is_first:
+            folder.clear()
+        processes.wait()
+        yield folder
+    finally:
+        folder.close()
+
+
+def _digest(path: Path) -> str:
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.xml")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest_proposals(proposals: Mapping[int, Boxes]) -> str:
+    digest = hashlib.sha256()
+    for image_id in sorted(proposals):
+        digest.update(str(image_id).encode() + proposals[image_id].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Recipe: how a detector is trained (Lin et al. 2017, secs. 5.1 and 5.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fpn_engine.errors import SpecError
+
+SCHEDULES = ("step", "cosine")
+PRECISIONS = ("fp32", "bf16")
+PAPER_BATCH = 16  # images per step in the paper: two on each of eight GPUs
+PAPER_RATE = 0.02  # learning rate at that batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides the weights, beside the model, its initial weights and the data.
+
+    Attributes:
+        steps: weight updates. batch_size: images per update, over all processes.
+        learning_rate: at the end of the warm-up; None is the paper's 0.02 for 16 images, in proportion to the batch.
+        schedule: "step" divides the rate by 10 at each of ``milestones``, "cosine" takes it to 0.
+        milestones: shares of ``steps``; the paper has 30k of 40k for the RPN and 60k of 80k for the box head.
+        warmup_steps: steps over which the rate rises linearly.
+        momentum, weight_decay: of SGD; nesterov: look ahead (the paper does not).
+        clip_norm: largest norm of all gradients together; 0 does not clip.
+        flip: chance of a horizontal flip. scales: range of the factor on min_size and max_size, drawn log-uniformly.
+        brightness: largest relative change of brightness.
+        freeze_norm: batch norms keep their statistics and affine parameters, as when they come from ImageNet.
+        frozen_stages: stages of the bottom-up network that are not trained: 0 none, 1 the stem, 2 also c2, ... 5 all.
+        precision: of trunk and box head, "fp32" or "bf16"; everything else is fp32.
+        seed: of initial weights, order, augmentation and sampling.
+
+    Raises: SpecError for a value outside its range.
+    """
+
+    steps: int
+    batch_size: int = PAPER_BATCH
+    learning_rate: float | None = None
+    schedule: str = "step"
+    milestones: tuple[float, ...] = (0.75,)
+    warmup_steps: int = 500
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.0
+    flip: float = 0.5
+    scales: tuple[float, float] = (1.0, 1.0)
+    brightness: float = 0.0
+    freeze_norm: bool = False
+    frozen_stages: int = 0
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ok, allowed in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("learning_rate", self.rate > 0 and math.isfinite(self.rate), "positive"),
+            ("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "shares between 0 and 1"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "from 0 to below 1"),
+            ("nesterov", self.momentum > 0 or not self.nesterov, "false without momentum"),
+            ("weight_decay", 0 <= self.weight_decay < 1, "from 0 to below 1"),
+            ("clip_norm", self.clip_norm >= 0, "at least 0"),
+            ("flip", 0 <= self.flip <= 1, "from 0 to 1"),
+            ("scales", 0 < self.scales[0] <= self.scales[1] <= 16, "low,high with 0 < low <= high <= 16"),
+            ("brightness", 0 <= self.brightness < 1, "from 0 to below 1"),
+            ("frozen_stages", 0 <= self.frozen_stages <= 5, "from 0 to 5"),
+            ("precision", self.precision in PRECISIONS, "one of " + ", ".join(PRECISIONS)),
+            ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+        ):
+            if not ok:
+                raise SpecError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+    @property
+    def rate(self) -> float:
+        """Learning rate at the end of the warm-up."""
+        return PAPER_RATE * self.batch_size / PAPER_BATCH if self.learning_rate is None else self.learning_rate
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of update ``step``, counted from 0."""
+        rate = self.rate
+        if self.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        else:
+            rate *= 0.1 ** sum(step >= milestone * self.steps for milestone in self.milestones)
+        return rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; :meth:`from_dict` gives it back unchanged."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)

@@ -1,0 +1,156 @@
+"""The folder of a training run: where it stands, its log and its models, so that it can be taken up again."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+import fpn_engine
+from fpn_engine.errors import CheckpointError
+from fpn_engine.files import replacing
+from fpn_engine.spec import ModelSpec
+from fpn_export.detector import FpnDetector
+from fpn_export.training.recipe import Recipe
+
+FORMAT = 1
+STATE, LOG, SCORES, BEST, LAST = "state.pt", "log.csv", "scores.csv", "best", "last"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Where a run stands.
+
+    Attributes:
+        step: updates done.
+        weights: the model's state dict. optimizer: the optimizer's.
+        settings: everything that decides the weights, JSON-ready; a run is taken up only under the same.
+        best: the main figure of the best model so far, or None.
+        seconds: of training so far.
+    """
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    best: float | None
+    seconds: float
+
+
+class RunFolder:
+    """Holds ``state.pt``, ``log.csv``, ``scores.csv`` and the models ``best.pth`` and ``last.pth`` with their JSON.
+
+    Args: alone: hold the folder against other runs; of a run's processes only the first does.
+    Raises: CheckpointError if the folder cannot be used or another run trains in it.
+    """
+
+    def __init__(self, path: Path, *, alone: bool = True) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if alone:
+                self._lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(f"another run is training in {path}; wait for it or give another folder") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot train in {path}: {error.strerror or error}; give another folder") from None
+
+    def close(self) -> None:
+        """Let others train here."""
+        self._lock.release()
+
+    def load_state(self, settings: Mapping[str, Any]) -> State | None:
+        """Where the run in this folder stands, or None for a new one.
+
+        Raises: CheckpointError if the state is damaged, or of a run under other settings.
+        """
+        path = self.path / STATE
+        if not os.path.exists(path):
+            return None
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+            if values.pop("format") != FORMAT:
+                raise ValueError("another version wrote it")
+            state = State(**values)
+        except Exception as error:  # the unpickler raises whatever damaged bytes make it do
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}); train into another folder or with --restart"
+            ) from None
+        changed = _differences(_completed(state.settings), json.loads(json.dumps(settings)))
+        if changed:
+            raise CheckpointError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed[:3])}); give the same ones to go on, "
+                "another folder, or --restart to begin anew"
+            )
+        return state
+
+    def save_state(self, state: State) -> None:
+        with replacing(self.path / STATE) as temporary:
+            values = {f.name: getattr(state, f.name) for f in dataclasses.fields(State)}
+            torch.save({"format": FORMAT, **values}, temporary)
+
+    def clear(self) -> None:
+        """Forget the run that is here."""
+        for name in (STATE, LOG, SCORES, *(f"{m}{s}" for m in (BEST, LAST) for s in (".pth", ".json"))):
+            (self.path / name).unlink(missing_ok=True)
+
+    def save_model(self, name: str, model: FpnDetector, about: Mapping[str, Any]) -> Path:
+        """Write the weights as ``name``.pth, with torchvision's names, and the spec as ``name``.json; returns the former."""
+        path = self.path / f"{name}.pth"
+        with replacing(path) as temporary:
+            weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+            torch.save(weights, temporary)
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        trained = {"trained_with": f"fpn-engine {fpn_engine.__version__}", **about, "sha256": digest}
+        with replacing(path.with_suffix(".json")) as temporary:
+            document = {"spec": model.spec.to_dict(), "about": trained}
+            temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        return path
+
+    def rewind_log(self, step: int) -> None:
+        """Drop what the logs say about updates after ``step``: they will be done again."""
+        for name in (LOG, SCORES):
+            path = self.path / name
+            if os.path.exists(path):
+                with path.open(newline="", encoding="utf-8") as file:
+                    header, *rows = list(csv.reader(file)) or [[]]
+                with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([header, *(row for row in rows if row and int(row[0]) <= step)])
+
+    def log(self, name: str, row: Mapping[str, float]) -> None:
+        """Append a row to a CSV file; its first column is the step."""
+        path = self.path / name
+        new = not os.path.exists(path)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(row)
+            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an older version saved, with today's defaults for what it did not know."""
+    spec, recipe = ModelSpec.from_dict(settings["spec"]), Recipe.from_dict(settings["recipe"])
+    return json.loads(json.dumps({**settings, "spec": spec.to_dict(), "recipe": recipe.to_dict()}))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in {**before, **now}:
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} was {json.dumps(a)}, is {json.dumps(b)}")
+    return found

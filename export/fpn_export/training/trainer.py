@@ -1,0 +1,260 @@
+"""Trainer: the loop from initial weights to a trained detector, which can be stopped and taken up anywhere."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fpn_engine.errors import NonFiniteError
+from fpn_export.detector import FpnDetector
+from fpn_export.training.batches import Batch, make_loader
+from fpn_export.training.examples import Examples
+from fpn_export.training.freezing import freeze_shared, set_training_mode
+from fpn_export.training.losses import Loss
+from fpn_export.training.processes import Processes
+from fpn_export.training.randomness import SAMPLING, torch_generator
+from fpn_export.training.recipe import Recipe
+from fpn_export.training.run_folder import BEST, LAST, LOG, SCORES, RunFolder, State
+from fpn_export.training.step import compute_losses
+from fpn_export.training.validation import Score, Validation, main_figure
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What is known after an update: how many are done of how many, their losses, and a score if one was taken."""
+
+    step: int
+    steps: int
+    losses: Mapping[str, float]
+    rate: float
+    seconds: float
+    score: Score | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a run does besides learning; none of it changes the weights.
+
+    Attributes:
+        validate_every, save_every: updates between scores and between saved states; the last is always both.
+        workers: processes that read images ahead; 0 reads in this one.
+    """
+
+    validate_every: int = 1000
+    save_every: int = 200
+    workers: int = 0
+
+
+class Trainer:
+    """Trains ``model`` in ``folder``; takes the run there up if one was begun under the same settings.
+
+    Everything random depends on the seed and the step alone, so a run that was stopped ends with the same weights as
+    one that was not (on one machine and number of threads).
+
+    Args:
+        model: with initial weights; trained in place.
+        examples: what it learns from. data: what identifies them and the initial weights, JSON-ready.
+        shared_frozen: fix backbone and pyramid (steps 3 and 4 of alternating training).
+        validation: scores the model; None keeps only the last one.
+    """
+
+    def __init__(
+        self,
+        model: FpnDetector,
+        examples: Examples,
+        recipe: Recipe,
+        folder: RunFolder,
+        processes: Processes,
+        *,
+        data: Mapping[str, Any],
+        habits: Habits | None = None,
+        shared_frozen: bool = False,
+        validation: Validation | None = None,
+    ) -> None:
+        self.model = model.to(processes.device)
+        self._examples, self._recipe, self._folder, self._processes = examples, recipe, folder, processes
+        self._habits = habits or Habits()
+        self._shared_frozen = shared_frozen
+        self._validation = validation
+        self._settings: dict[str, Any] = {
+            "spec": model.spec.to_dict(),
+            "recipe": recipe.to_dict(),
+            "data": dict(data),
+            "processes": processes.world_size,
+        }
+        set_training_mode(model, recipe)
+        if shared_frozen:
+            freeze_shared(model)
+        self._optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=recipe.rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
+        )
+        self.step, self._seconds = 0, 0.0
+        self.best: float | None = None
+        state = folder.load_state(self._settings)
+        if state is not None:
+            self._restore(state)
+        if processes.is_first:
+            folder.rewind_log(self.step)
+        processes.wait()
+
+    def run(
+        self,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train to the end, or until ``should_stop`` says so after an update; the state is saved either way.
+
+        Returns: whether the run is complete. The models are ``best.pth`` and ``last.pth`` in the folder.
+        Raises: NonFiniteError if a loss is NaN or infinite; the last saved state remains.
+        """
+        recipe, processes, habits = self._recipe, self._processes, self._habits
+        losses_of = self._wrap(_Losses(self.model, DTYPES[recipe.precision]))
+        loader = make_loader(
+            self._examples,
+            self.model.spec,
+            recipe,
+            first_step=self.step,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            workers=habits.workers,
+        )
+        for batch in loader:
+            began = time.perf_counter()
+            losses = self._update(losses_of, batch.to(processes.device))
+            self.step += 1
+            self._seconds += time.perf_counter() - began
+            done = self.step == recipe.steps
+            score = None
+            if self._validation and processes.is_first and (done or self.step % habits.validate_every == 0):
+                score = self._validate(self._validation)
+            if processes.is_first:
+                rate = recipe.rate_at(self.step - 1)
+                self._folder.log(LOG, {"step": self.step, "rate": rate, **losses, "seconds": round(self._seconds, 2)})
+                on_progress(
+                    Progress(
+                        step=self.step,
+                        steps=recipe.steps,
+                        losses=losses,
+                        rate=rate,
+                        seconds=self._seconds,
+                        score=score,
+                    )
+                )
+            stopping = self._agree(should_stop())
+            if processes.is_first and (done or stopping or score or self.step % habits.save_every == 0):
+                self._save()
+            if done or stopping:
+                break
+        if self.step == recipe.steps and processes.is_first:
+            self._folder.save_model(LAST, self._eval_copy(), self._about())
+            if self._validation is None:
+                self._folder.save_model(BEST, self._eval_copy(), self._about())
+        processes.wait()
+        return self.step == recipe.steps
+
+    def _wrap(self, losses: _Losses) -> nn.Module:
+        return losses if self._processes.world_size == 1 else DistributedDataParallel(losses)
+
+    def _update(self, losses_of: nn.Module, batch: Batch) -> dict[str, float]:
+        recipe, processes = self._recipe, self._processes
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.rate_at(self.step)
+        generator = torch_generator(processes.device, recipe.seed, SAMPLING, self.step, processes.rank)
+        parts = losses_of(batch, generator)
+        total = torch.stack([part for loss in parts.values() for part in loss]).sum()
+        self._optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        values = {
+            f"{head}_{name}": float(part) for head, loss in parts.items() for name, part in loss._asdict().items()
+        }
+        values["loss"] = float(total)
+        if not torch.isfinite(total):
+            raise NonFiniteError(
+                f"the loss became {values['loss']} at step {self.step + 1}; a lower --learning-rate, a longer "
+                "--warmup or --clip-norm helps"
+            )
+        self._optimizer.step()
+        return values
+
+    def _validate(self, validation: Validation) -> Score:
+        score = validation(self._eval_copy())
+        name, figure = main_figure(score)
+        figures = {key: value for key, value in score.to_dict().items() if not isinstance(value, dict)}
+        self._folder.log(
+            SCORES, {"step": self.step, **{k: float("nan") if v is None else v for k, v in figures.items()}}
+        )
+        if self.best is None or figure > self.best:
+            self.best = figure
+            self._folder.save_model(BEST, self._eval_copy(), {**self._about(), "validation": {name: round(figure, 4)}})
+        return score
+
+    def _eval_copy(self) -> FpnDetector:
+        """The model as it stands, ready to detect; the one in training keeps its mode."""
+        return copy.deepcopy(self.model).eval()
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "minutes": round(self._seconds / 60, 1),
+            "recipe": self._recipe.to_dict(),
+            "data": self._settings["data"],
+        }
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process wants to stop."""
+        if self._processes.world_size == 1:
+            return stop
+        wish = torch.tensor(float(stop), device=self._processes.device)
+        torch.distributed.all_reduce(wish)
+        return bool(wish > 0)
+
+    def _save(self) -> None:
+        self._folder.save_state(
+            State(
+                step=self.step,
+                weights=self.model.state_dict(),
+                optimizer=self._optimizer.state_dict(),
+                settings=self._settings,
+                best=self.best,
+                seconds=self._seconds,
+            )
+        )
+
+    def _restore(self, state: State) -> None:
+        self.model.load_state_dict(dict(state.weights))
+        self._optimizer.load_state_dict(dict(state.optimizer))
+        self.step, self.best, self._seconds = state.step, state.best, state.seconds
+
+
+class _Losses(nn.Module):
+    """A detector whose forward pass gives its losses, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: FpnDetector, precision: torch.dtype) -> None:
+        super().__init__()
+        self.model, self._precision = model, precision
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Loss]:
+        return compute_losses(
+            self.model,
+            batch.images,
+            batch.image_sizes,
+            batch.objects,
+            generator,
+            given=batch.proposals,
+            precision=self._precision,
+        )
