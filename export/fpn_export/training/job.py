@@ -13,7 +13,7 @@ import torch
 from fpn_engine.annotations import load_annotations
 from fpn_engine.errors import AnnotationError, FpnEngineError
 from fpn_engine.spec import ModelSpec
-from fpn_export.detector import FasterRCNN, FpnDetector
+from fpn_export.detector import FpnDetector, make_detector
 from fpn_export.training.examples import AnnotatedExamples, Boxes, Examples, JoinedExamples
 from fpn_export.training.initial_weights import Taken, load_initial_weights
 from fpn_export.training.processes import Processes, join_processes, leave_processes
@@ -103,7 +103,7 @@ def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:
     """The model with its initial weights, drawn from the recipe's seed or read from ``job.init``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_state(job.recipe.seed, INITIAL_WEIGHTS).randint(2**31)))
-        model: FpnDetector = FasterRCNN(job.spec, representation_size=job.representation_size)
+        model = make_detector(job.spec, representation_size=job.representation_size)
     return model, load_initial_weights(model, job.init) if job.init else None
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
+from fpn_export.training.targets import PAPER_SAMPLES, Samples
 
 SCHEDULES = ("step", "cosine")
 PRECISIONS = ("fp32", "bf16")
@@ -30,6 +31,7 @@ class Recipe:
         clip_norm: largest norm of all gradients together; 0 does not clip.
         flip: chance of a horizontal flip. scales: range of the factor on min_size and max_size, drawn log-uniformly.
         brightness: largest relative change of brightness.
+        anchors_per_image, rois_per_image, proposals_per_image: see :class:`Samples`.
         freeze_norm: batch norms keep their statistics and affine parameters, as when they come from ImageNet.
         frozen_stages: stages of the bottom-up network that are not trained: 0 none, 1 the stem, 2 also c2, ... 5 all.
         precision: of trunk and box head, "fp32" or "bf16"; everything else is fp32.
@@ -51,6 +53,9 @@ class Recipe:
     flip: float = 0.5
     scales: tuple[float, float] = (1.0, 1.0)
     brightness: float = 0.0
+    anchors_per_image: int = PAPER_SAMPLES.anchors
+    rois_per_image: int = PAPER_SAMPLES.rois
+    proposals_per_image: int = PAPER_SAMPLES.proposals
     freeze_norm: bool = False
     frozen_stages: int = 0
     precision: str = "fp32"
@@ -71,6 +76,9 @@ class Recipe:
             ("flip", 0 <= self.flip <= 1, "from 0 to 1"),
             ("scales", 0 < self.scales[0] <= self.scales[1] <= 16, "low,high with 0 < low <= high <= 16"),
             ("brightness", 0 <= self.brightness < 1, "from 0 to below 1"),
+            ("anchors_per_image", self.anchors_per_image >= 1, "at least 1"),
+            ("rois_per_image", self.rois_per_image >= 1, "at least 1"),
+            ("proposals_per_image", self.proposals_per_image >= 1, "at least 1"),
             ("frozen_stages", 0 <= self.frozen_stages <= 5, "from 0 to 5"),
             ("precision", self.precision in PRECISIONS, "one of " + ", ".join(PRECISIONS)),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
@@ -82,6 +90,10 @@ class Recipe:
     def rate(self) -> float:
         """Learning rate at the end of the warm-up."""
         return PAPER_RATE * self.batch_size / PAPER_BATCH if self.learning_rate is None else self.learning_rate
+
+    @property
+    def samples(self) -> Samples:
+        return Samples(self.anchors_per_image, self.rois_per_image, self.proposals_per_image)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of update ``step``, counted from 0."""

@@ -13,12 +13,9 @@ from fpn_engine.pipeline import Pipeline
 from fpn_engine.spec import ModelSpec
 from fpn_export.detector import FpnDetector
 from fpn_export.training.losses import Loss, box_head_loss, rpn_loss
-from fpn_export.training.targets import Objects, assign_anchors, assign_rois
+from fpn_export.training.targets import PAPER_SAMPLES, Objects, Samples, assign_anchors, assign_rois
 from fpn_kernels import make_base_anchors
 from fpn_kernels.selection import flatten_anchors
-
-# Proposals that the box head is trained on (Ren et al. 2015, sec. 3.3): more than in a test, for variety.
-TRAINING_PROPOSALS = 2000
 
 
 def make_anchors(spec: ModelSpec, grids: Sequence[Sequence[int]], padded_size: Sequence[int]) -> Tensor:
@@ -37,11 +34,16 @@ def make_anchors(spec: ModelSpec, grids: Sequence[Sequence[int]], padded_size: S
 
 
 @torch.no_grad()
-def propose(model: FpnDetector, out: TrunkOutput, padded_size: Sequence[int], image_sizes: Tensor) -> list[Tensor]:
+def propose(
+    model: FpnDetector,
+    out: TrunkOutput,
+    padded_size: Sequence[int],
+    image_sizes: Tensor,
+    count: int = PAPER_SAMPLES.proposals,
+) -> list[Tensor]:
     """Each image's (R_n, 4) proposals for the box head to learn on, best first; no gradient flows through them."""
-    n = TRAINING_PROPOSALS
-    spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=n, rpn_post_nms_top_n_test=n)
-    found = Pipeline(spec, model.trunk, model.head, image_sizes.device).propose(out, padded_size, image_sizes)
+    spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=count, rpn_post_nms_top_n_test=count)
+    found = Pipeline(spec, model.trunk, None, image_sizes.device).propose(out, padded_size, image_sizes)
     return [boxes[:count] for boxes, count in zip(found.boxes, found.counts.tolist(), strict=True)]
 
 
@@ -52,6 +54,7 @@ def compute_losses(
     batch: Sequence[Objects],
     generator: torch.Generator | None = None,
     *,
+    samples: Samples = PAPER_SAMPLES,
     given: Sequence[Tensor] | None = None,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, Loss]:
@@ -61,6 +64,7 @@ def compute_losses(
         images: (N, 3, H, W), normalised and padded. image_sizes: (N, 2) int64, resized height and width.
         batch: the objects of each image, boxes in pixels of the resized image.
         generator: for the sampling; None takes torch's global one.
+        samples: how many anchors, RoIs and proposals of an image.
         given: proposals of each image, (R_n, 4) float32 in pixels of the resized image, for a Fast R-CNN.
         precision: of trunk and box head; all else is float32.
     Returns: "rpn" for models that have one, "box_head" likewise; the sum of all their parts is minimised.
@@ -71,17 +75,17 @@ def compute_losses(
         out = model.trunk(images)
     # float32 from here: the gradients of overlapping RoIs would not add up in bfloat16
     out = TrunkOutput(*(tuple(level.float() for level in part) for part in out))
-    if spec.model != "fast_rcnn":
+    if model.has_rpn:
         objectness = torch.cat([flatten_anchors(level, spec.num_anchors)[..., 0] for level in out.objectness], dim=1)
         deltas = torch.cat([flatten_anchors(level, spec.num_anchors) for level in out.deltas], dim=1)
         anchors = make_anchors(spec, [level.shape[-2:] for level in out.objectness], padded).to(images.device)
-        learned = assign_anchors(anchors, batch, generator)
+        learned = assign_anchors(anchors, batch, samples.anchors, generator)
         losses["rpn"] = rpn_loss(
             objectness.flatten(), deltas.reshape(-1, 4), learned.deltas, learned.positives, learned.negatives
         )
-    if spec.model != "rpn":
-        proposals = given if given is not None else propose(model, out, padded, image_sizes)
-        rois = assign_rois(proposals, batch, spec.bbox_reg_weights, generator)
+    if model.has_box_head:
+        proposals = given if given is not None else propose(model, out, padded, image_sizes, samples.proposals)
+        rois = assign_rois(proposals, batch, spec.bbox_reg_weights, samples.rois, generator)
         pooled = model.pipeline.pool(out, rois.rois)
         with _running_in(precision, images.device):
             class_logits, box_deltas = model.head(pooled)

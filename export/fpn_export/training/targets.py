@@ -12,10 +12,25 @@ from fpn_export.training.losses import encode_boxes
 from fpn_export.training.matching import match_boxes
 from fpn_export.training.sampling import sample_balanced
 
-ANCHORS_PER_IMAGE, ANCHOR_POSITIVES = 256, 0.5
+ANCHOR_POSITIVES = 0.5
 ANCHOR_LOW, ANCHOR_HIGH = 0.3, 0.7
-ROIS_PER_IMAGE, ROI_POSITIVES = 512, 0.25
+ROI_POSITIVES = 0.25
 ROI_IOU = 0.5
+
+
+class Samples(NamedTuple):
+    """How many boxes of an image a step learns from, at most (Lin et al. 2017, secs. 5.1 and 5.2).
+
+    Attributes: anchors for the RPN; rois for the box head; proposals, what the RoIs are drawn from, per level before
+        NMS and in all after it: more than in a test, for variety (Ren et al. 2015, sec. 3.3).
+    """
+
+    anchors: int = 256
+    rois: int = 512
+    proposals: int = 2000
+
+
+PAPER_SAMPLES = Samples()
 
 
 class Objects(NamedTuple):
@@ -48,13 +63,16 @@ class RoITargets(NamedTuple):
 
 
 def assign_anchors(
-    anchors: Tensor, batch: Sequence[Objects], generator: torch.Generator | None = None
+    anchors: Tensor,
+    batch: Sequence[Objects],
+    count: int = PAPER_SAMPLES.anchors,
+    generator: torch.Generator | None = None,
 ) -> AnchorTargets:
-    """Match and sample the (A, 4) anchors of each image; those outside it are kept, as the paper does (sec. 5.1)."""
+    """Match and sample ``count`` of the (A, 4) anchors of each image; those outside it are kept (sec. 5.1)."""
     positives, negatives, deltas = [], [], []
     matches = [match_boxes(objects.boxes, anchors, ANCHOR_LOW, ANCHOR_HIGH, keep_best=True) for objects in batch]
     for image, (objects, matched) in enumerate(zip(batch, matches, strict=True)):
-        chosen, background = sample_balanced(matched, ANCHORS_PER_IMAGE, ANCHOR_POSITIVES, generator)
+        chosen, background = sample_balanced(matched, count, ANCHOR_POSITIVES, generator)
         deltas.append(encode_boxes(objects.boxes[matched[chosen]], anchors[chosen]))
         positives.append(chosen + image * len(anchors))
         negatives.append(background + image * len(anchors))
@@ -65,14 +83,15 @@ def assign_rois(
     proposals: Sequence[Tensor],
     batch: Sequence[Objects],
     weights: Sequence[float],
+    count: int = PAPER_SAMPLES.rois,
     generator: torch.Generator | None = None,
 ) -> RoITargets:
-    """Match and sample each image's (R_n, 4) proposals; the objects' own boxes are proposals too."""
+    """Match and sample ``count`` of each image's (R_n, 4) proposals; the objects' own boxes are proposals too."""
     rois, labels, deltas = [], [], []
     for image, (boxes, objects) in enumerate(zip(proposals, batch, strict=True)):
         boxes = torch.cat([boxes, objects.boxes])
         matched = match_boxes(objects.boxes, boxes, ROI_IOU, ROI_IOU)
-        positives, negatives = sample_balanced(matched, ROIS_PER_IMAGE, ROI_POSITIVES, generator)
+        positives, negatives = sample_balanced(matched, count, ROI_POSITIVES, generator)
         sampled = torch.cat([positives, negatives]).sort().values
         chosen, index = boxes[sampled], matched[sampled]
         real = index >= 0

@@ -81,7 +81,7 @@ class Trainer:
         validation: Validation | None = None,
     ) -> None:
         self.model = model.to(processes.device)
-        self._examples, self._recipe, self._folder, self._processes = examples, recipe, folder, processes
+        self._examples, self._recipe, self.folder, self._processes = examples, recipe, folder, processes
         self._habits = habits or Habits()
         self._shared_frozen = shared_frozen
         self._validation = validation
@@ -121,7 +121,7 @@ class Trainer:
         Raises: NonFiniteError if a loss is NaN or infinite; the last saved state remains.
         """
         recipe, processes, habits = self._recipe, self._processes, self._habits
-        losses_of = self._wrap(_Losses(self.model, DTYPES[recipe.precision]))
+        losses_of = self._wrap(_Losses(self.model, recipe))
         loader = make_loader(
             self._examples,
             self.model.spec,
@@ -142,7 +142,7 @@ class Trainer:
                 score = self._validate(self._validation)
             if processes.is_first:
                 rate = recipe.rate_at(self.step - 1)
-                self._folder.log(LOG, {"step": self.step, "rate": rate, **losses, "seconds": round(self._seconds, 2)})
+                self.folder.log(LOG, {"step": self.step, "rate": rate, **losses, "seconds": round(self._seconds, 2)})
                 on_progress(
                     Progress(
                         step=self.step,
@@ -159,9 +159,9 @@ class Trainer:
             if done or stopping:
                 break
         if self.step == recipe.steps and processes.is_first:
-            self._folder.save_model(LAST, self._eval_copy(), self._about())
+            self.folder.save_model(LAST, self._eval_copy(), self._about())
             if self._validation is None:
-                self._folder.save_model(BEST, self._eval_copy(), self._about())
+                self.folder.save_model(BEST, self._eval_copy(), self._about())
         processes.wait()
         return self.step == recipe.steps
 
@@ -180,9 +180,9 @@ class Trainer:
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         values = {
-            f"{head}_{name}": float(part) for head, loss in parts.items() for name, part in loss._asdict().items()
+            f"{head}_{name}": part.item() for head, loss in parts.items() for name, part in loss._asdict().items()
         }
-        values["loss"] = float(total)
+        values["loss"] = total.item()
         if not torch.isfinite(total):
             raise NonFiniteError(
                 f"the loss became {values['loss']} at step {self.step + 1}; a lower --learning-rate, a longer "
@@ -195,12 +195,12 @@ class Trainer:
         score = validation(self._eval_copy())
         name, figure = main_figure(score)
         figures = {key: value for key, value in score.to_dict().items() if not isinstance(value, dict)}
-        self._folder.log(
+        self.folder.log(
             SCORES, {"step": self.step, **{k: float("nan") if v is None else v for k, v in figures.items()}}
         )
         if self.best is None or figure > self.best:
             self.best = figure
-            self._folder.save_model(BEST, self._eval_copy(), {**self._about(), "validation": {name: round(figure, 4)}})
+            self.folder.save_model(BEST, self._eval_copy(), {**self._about(), "validation": {name: round(figure, 4)}})
         return score
 
     def _eval_copy(self) -> FpnDetector:
@@ -224,7 +224,7 @@ class Trainer:
         return bool(wish > 0)
 
     def _save(self) -> None:
-        self._folder.save_state(
+        self.folder.save_state(
             State(
                 step=self.step,
                 weights=self.model.state_dict(),
@@ -244,9 +244,9 @@ class Trainer:
 class _Losses(nn.Module):
     """A detector whose forward pass gives its losses, as DistributedDataParallel wants it."""
 
-    def __init__(self, model: FpnDetector, precision: torch.dtype) -> None:
+    def __init__(self, model: FpnDetector, recipe: Recipe) -> None:
         super().__init__()
-        self.model, self._precision = model, precision
+        self.model, self._recipe = model, recipe
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Loss]:
         return compute_losses(
@@ -255,6 +255,7 @@ class _Losses(nn.Module):
             batch.image_sizes,
             batch.objects,
             generator,
+            samples=self._recipe.samples,
             given=batch.proposals,
-            precision=self._precision,
+            precision=DTYPES[self._recipe.precision],
         )
