@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fpn_engine.cli.console import note, refuse_folder, steps
+from fpn_engine.cli.options import assignments
 from fpn_engine.errors import FpnEngineError
 
 
@@ -65,7 +65,7 @@ def export(
         note(sentence)
     found = loaded.spec
     note(
-        f"{target}: {found.model} {found.arch}, pyramid of {found.fpn_channels} channels, "
+        f"{target}: {found.model} {found.arch}, {found.describe_features()}, "
         f"{len(found.categories)} classes, {found.min_size}/{found.max_size} pixels, "
         f"{target.stat().st_size / 1e6:.1f} MB"
     )
@@ -79,18 +79,3 @@ def _categories(names: str | None) -> list[dict[str, Any]] | None:
     if "" in listed or len(set(listed)) < len(listed):
         raise typer.BadParameter(f"{names!r} has an empty name or one twice", param_hint="--classes")
     return [{"id": number, "name": name} for number, name in enumerate(listed, start=1)]
-
-
-def assignments(given: list[str]) -> dict[str, Any]:
-    values = {}
-    for assignment in given:
-        key, sign, text = assignment.partition("=")
-        if not sign:
-            raise typer.BadParameter(
-                f"{assignment!r} is not KEY=JSON, as in --set box_detections_per_img=300", param_hint="--set"
-            )
-        try:
-            values[key] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key] = text
-    return values

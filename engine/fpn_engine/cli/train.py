@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fpn_engine.cli.console import note, stderr
-from fpn_engine.cli.export import assignments
+from fpn_engine.cli.console import note
+from fpn_engine.cli.options import assignments
+from fpn_engine.cli.stopping import StopRequest
+from fpn_engine.cli.training_display import TrainingDisplay
 from fpn_engine.errors import FpnEngineError
-
-if TYPE_CHECKING:
-    from fpn_engine.spec import ModelSpec
-    from fpn_export.training.trainer import Progress
 
 DATA, MODEL, RECIPE, RUN = "What to learn", "The model", "The recipe", "The run"
 PAPER_EPOCHS = 12  # 80k steps of 16 images on COCO's 118k
@@ -55,6 +51,22 @@ def train(
         typer.Option(
             "--set", metavar="KEY=JSON", help="Any other field of the spec; repeatable.", rich_help_panel=MODEL
         ),
+    ] = None,
+    system: Annotated[
+        str,
+        typer.Option(help="Of the paper's tables: fpn, c4, c5, bottom_up, top_down, finest ...", rich_help_panel=MODEL),
+    ] = "fpn",
+    model: Annotated[str, typer.Option(help="faster_rcnn, fast_rcnn or rpn.", rich_help_panel=MODEL)] = "faster_rcnn",
+    proposals: Annotated[
+        list[Path] | None,
+        typer.Option(help="What a fast_rcnn classifies, .json or .npz; repeatable.", rich_help_panel=DATA),
+    ] = None,
+    alternating: Annotated[
+        bool, typer.Option("--alternating", help="Four steps with shared features.", rich_help_panel=RECIPE)
+    ] = False,
+    recipe_: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", metavar="KEY=JSON", help="Any other field of it; repeatable.", rich_help_panel=RECIPE),
     ] = None,
     init: Annotated[
         Path | None,
@@ -106,6 +118,9 @@ def train(
     or killed goes on with the same command. Several GPUs: torchrun --nproc-per-node 8 -m fpn_engine train ...
     """
     from fpn_engine.annotations import load_annotations
+    from fpn_engine.spec import ModelSpec
+    from fpn_export.systems import make_system
+    from fpn_export.training.alternating import train_alternating
     from fpn_export.training.initial_weights import is_classifier
     from fpn_export.training.job import Job
     from fpn_export.training.job import train as run_job
@@ -115,7 +130,7 @@ def train(
     truths = [load_annotations(path) for path in annotations]
     if any(truth.categories != truths[0].categories for truth in truths):
         raise FpnEngineError("the annotation files have different categories; give those of one data set")
-    spec = _make_spec(
+    base = ModelSpec.from_dict(
         {
             "categories": [{"id": c.id, "name": c.name} for c in truths[0].categories],
             "arch": arch,
@@ -125,24 +140,28 @@ def train(
         }
         | assignments(set_ or [])
     )
+    spec = make_system(base, system, model)
     from_classifier = init is not None and is_classifier(init)
     if epochs is None:
         epochs = PAPER_EPOCHS * (2 if arch == "resnet101" else 1)
     with_objects = sum(len({a.image_id for a in truth.annotations if not a.iscrowd}) for truth in truths)
-    recipe = Recipe(
-        steps=steps or max(1, round(epochs * with_objects / batch)),
-        batch_size=batch,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup_steps=warmup,
-        nesterov=nesterov,
-        clip_norm=clip_norm,
-        scales=scales,
-        brightness=brightness,
-        freeze_norm=from_classifier if freeze_norm is None else freeze_norm,
-        frozen_stages=(2 if from_classifier else 0) if frozen_stages is None else frozen_stages,
-        precision=precision,
-        seed=seed,
+    recipe = Recipe.from_dict(
+        {
+            "steps": steps or max(1, round(epochs * with_objects / batch)),
+            "batch_size": batch,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup_steps": warmup,
+            "nesterov": nesterov,
+            "clip_norm": clip_norm,
+            "scales": scales,
+            "brightness": brightness,
+            "freeze_norm": from_classifier if freeze_norm is None else freeze_norm,
+            "frozen_stages": (2 if from_classifier else 0) if frozen_stages is None else frozen_stages,
+            "precision": precision,
+            "seed": seed,
+        }
+        | assignments(recipe_ or [], "--recipe")
     )
     job = Job(
         annotations=annotations,
@@ -155,12 +174,14 @@ def train(
         recipe=recipe,
         habits=Habits(validate_every=validate_every, save_every=save_every, workers=workers),
         init=init,
+        proposals=proposals or [],
         device=device,
         restart=restart,
     )
     stop = StopRequest()
-    with stop, _Display(recipe.steps) as display:
-        outcome = run_job(job, display.update, stop, note)
+    with stop, TrainingDisplay(recipe.steps) as display:
+        run = train_alternating if alternating else run_job
+        outcome = run(job, display.update, stop, note)
     if not outcome.complete:
         note(f"stopped after step {outcome.step} of {recipe.steps}; the same command goes on from there")
         raise SystemExit(stop.exit_code)
@@ -168,72 +189,3 @@ def train(
         best = "" if outcome.best is None else f", best {'AR1000' if spec.model == 'rpn' else 'AP'} {outcome.best:.3f}"
         note(f"trained {recipe.steps} steps{best}")
         note(f"next: fpn-engine export {output / 'best.pth'}")
-
-
-def _make_spec(values: dict[str, Any]) -> ModelSpec:
-    from fpn_engine.spec import ModelSpec
-
-    return ModelSpec.from_dict(values)
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the run to end after the update at hand; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-        self._before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        return self.exit_code != 0
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.exit_code = 128 + number
-        signal.signal(number, self._before[number])
-        note("stopping after this step; once more stops at once")
-
-
-class _Display:
-    """A progress bar with the losses while stderr is a terminal, else a line from time to time; scores as they come."""
-
-    def __init__(self, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]} rate {task.fields[rate]}"),
-        )
-        console = stderr()
-        self._steps = steps
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("training", total=steps, loss="-", rate="-")
-        self._print: Callable[[str], None] = self._progress.console.print
-
-    def __enter__(self) -> _Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def update(self, progress: Progress) -> None:
-        from fpn_export.training.validation import main_figure
-
-        loss = f"{progress.losses['loss']:.3f}"
-        self._progress.update(self._task, completed=progress.step, loss=loss, rate=f"{progress.rate:.2g}")
-        if progress.score is not None:
-            name, figure = main_figure(progress.score)
-            self._print(f"step {progress.step}: {name} {figure:.3f}")
-        elif self._progress.disable and progress.step % max(1, self._steps // 50) == 0:
-            self._print(f"step {progress.step}/{self._steps}: loss {loss}, {progress.seconds / 60:.1f} min")

@@ -7,7 +7,8 @@ import math
 import numpy as np
 from numpy.random import RandomState
 
-from fpn_export.training.examples import Boxes, Example
+from fpn_engine.proposals import Boxes
+from fpn_export.training.examples import Example
 from fpn_export.training.recipe import Recipe
 
 

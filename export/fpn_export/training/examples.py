@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from fpn_engine.annotations import CocoGroundTruth
 from fpn_engine.errors import AnnotationError, ImageError
 from fpn_engine.images import to_array
+from fpn_engine.proposals import Boxes, ProposalBoxes
 from fpn_engine.spec import Category
-
-Boxes = NDArray[np.float32]
 
 
 class Example(NamedTuple):
@@ -62,8 +61,8 @@ class AnnotatedExamples:
     Args:
         truth: the annotations. folder: where its images lie.
         categories: of the model, in label order; annotations of other categories are left out.
-        proposals: (R, 4) float32 boxes in pixels of the image by image id, for Fast R-CNN.
-    Raises: AnnotationError if images are missing, without proposals, or none has an object.
+        proposals: gives those of the image of a file name, for Fast R-CNN.
+    Raises: AnnotationError if images are missing or none has an object; ProposalError from ``proposals``.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class AnnotatedExamples:
         truth: CocoGroundTruth,
         folder: Path,
         categories: Sequence[Category],
-        proposals: Mapping[int, Boxes] | None = None,
+        proposals: Callable[[str], ProposalBoxes] | None = None,
     ) -> None:
         truth.check_categories(categories)
         labels = {category.id: label for label, category in enumerate(categories, start=1)}
@@ -85,15 +84,13 @@ class AnnotatedExamples:
             rows = np.array(objects[image.id], np.float64).reshape(-1, 5)
             if len(rows) == 0:
                 continue
-            if proposals is not None and image.id not in proposals:
-                raise AnnotationError(f"there are no proposals for {image.file_name} (image {image.id})")
             self._listed.append(
                 _Listed(
                     folder / image.file_name,
                     (image.height, image.width),
                     rows[:, :4].astype(np.float32),
                     rows[:, 4].astype(np.int64),
-                    None if proposals is None else proposals[image.id],
+                    None if proposals is None else proposals(image.file_name).boxes,
                 )
             )
         if not self._listed:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from fpn_engine.annotations import load_annotations
-from fpn_engine.errors import AnnotationError, FpnEngineError
+from fpn_engine.annotations import CocoGroundTruth, load_annotations
+from fpn_engine.errors import AnnotationError, FpnEngineError, ProposalError
+from fpn_engine.proposal_file import load_proposals
+from fpn_engine.proposals import GivenProposals
 from fpn_engine.spec import ModelSpec
 from fpn_export.detector import FpnDetector, make_detector
-from fpn_export.training.examples import AnnotatedExamples, Boxes, Examples, JoinedExamples
+from fpn_export.training.examples import AnnotatedExamples, Examples, JoinedExamples
 from fpn_export.training.initial_weights import Taken, load_initial_weights
 from fpn_export.training.processes import Processes, join_processes, leave_processes
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
@@ -34,7 +36,8 @@ class Job:
         output: folder of the run.
         spec: the model. representation_size: width of the box head's hidden layers.
         init: a file for :func:`load_initial_weights`, or None to start from scratch.
-        proposals, val_proposals: by image id, for Fast R-CNN.
+        proposals: files of them for a Fast R-CNN, each for images of any of the annotations.
+        shared_frozen: fix backbone and pyramid (steps 3 and 4 of alternating training).
         device: "cpu", "cuda", or None for whichever is there.
         restart: forget the run in the folder.
     """
@@ -49,8 +52,8 @@ class Job:
     recipe: Recipe
     habits: Habits = field(default_factory=Habits)
     init: Path | None = None
-    proposals: Mapping[int, Boxes] | None = None
-    val_proposals: Mapping[int, Boxes] | None = None
+    proposals: Sequence[Path] = ()
+    shared_frozen: bool = False
     device: str | None = None
     restart: bool = False
 
@@ -74,11 +77,11 @@ def train(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    with _joined(job) as processes, _opened(job, processes) as folder:
+    with joined(job) as processes, _opened(job, processes) as folder:
         model, taken = make_model(job)
         if taken and processes.is_first:
             on_note(f"{len(model.state_dict()) - len(taken.missing)} tensors from {job.init}")
-        examples, validation = _read_data(job)
+        examples, validation = _read_examples(job), make_validation(job)
         trainer = Trainer(
             model,
             examples,
@@ -88,9 +91,10 @@ def train(
             data={
                 "annotations": [_digest(path) for path in job.annotations],
                 "init": taken.sha256 if taken else None,
-                "proposals": None if job.proposals is None else _digest_proposals(job.proposals),
+                "proposals": [_digest(path) for path in job.proposals],
             },
             habits=job.habits,
+            shared_frozen=job.shared_frozen,
             validation=validation,
         )
         if trainer.step and processes.is_first:
@@ -107,27 +111,39 @@ def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:
     return model, load_initial_weights(model, job.init) if job.init else None
 
 
-def _read_data(job: Job) -> tuple[Examples, CocoValidation | None]:
-    if job.proposals is not None and len(job.annotations) > 1:
-        raise AnnotationError("proposals are by image id and need a single annotation file")
-    examples = JoinedExamples(
-        [
-            AnnotatedExamples(load_annotations(path), job.images, job.spec.categories, job.proposals)
-            for path in job.annotations
-        ]
+def _read_examples(job: Job) -> Examples:
+    truths = [load_annotations(path) for path in job.annotations]
+    # An RPN knows one category, "object", and learns all.
+    categories = truths[0].categories if job.spec.model == "rpn" else job.spec.categories
+    return JoinedExamples(
+        [AnnotatedExamples(truth, job.images, categories, _find_proposals(job, truth)) for truth in truths]
     )
+
+
+def make_validation(job: Job) -> CocoValidation | None:
+    """What the job's model is scored by. Raises: AnnotationError if there is nothing to score on."""
     if job.val_annotations is None:
-        return examples, None
+        return None
     val_truth = load_annotations(job.val_annotations)
     if job.spec.model != "rpn":
         val_truth.check_categories(job.spec.categories)
     if not any(not annotation.iscrowd for annotation in val_truth.annotations):
         raise AnnotationError(f"{job.val_annotations} has no object to score on")
-    return examples, CocoValidation(val_truth, job.val_images or job.images, job.val_proposals)
+    return CocoValidation(val_truth, job.val_images or job.images, _find_proposals(job, val_truth))
+
+
+def _find_proposals(job: Job, truth: CocoGroundTruth) -> GivenProposals | None:
+    if job.spec.has_rpn:
+        return None
+    if not job.proposals:
+        raise ProposalError("a Fast R-CNN learns among given proposals; give a file of them with --proposals")
+    listed = [image for path in job.proposals for image in load_proposals(path)]
+    return GivenProposals(job.proposals[0], listed, truth.image_ids)
 
 
 @contextlib.contextmanager
-def _joined(job: Job) -> Iterator[Processes]:
+def joined(job: Job) -> Iterator[Processes]:
+    """This process among those of the job. Raises: FpnEngineError if they cannot share its batch."""
     processes = join_processes(job.device)
     if job.recipe.batch_size % processes.world_size:
         raise FpnEngineError(
@@ -158,11 +174,4 @@ def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*.xml")):
         digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _digest_proposals(proposals: Mapping[int, Boxes]) -> str:
-    digest = hashlib.sha256()
-    for image_id in sorted(proposals):
-        digest.update(str(image_id).encode() + proposals[image_id].tobytes())
     return digest.hexdigest()

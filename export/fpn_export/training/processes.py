@@ -36,7 +36,10 @@ def join_processes(device: str | None = None) -> Processes:
     Raises: FpnEngineError for a device that is not there.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise FpnEngineError(f"{device} is no device; it is cpu or cuda") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise FpnEngineError("there is no CUDA device here; train with --device cpu, fpn-engine doctor says more")

@@ -110,5 +110,14 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From JSON values. Raises SpecError for an unknown key or a value of the wrong form."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise SpecError(f"unknown key {unknown[0]!r} in the recipe; known keys: {', '.join(known)}")
         given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**given)
+        try:
+            return cls(**given)
+        except SpecError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"the recipe has a value of the wrong form: {error}") from None

@@ -106,7 +106,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def save_model(self, name: str, model: FpnDetector, about: Mapping[str, Any]) -> Path:
-        """Write the weights as ``name``.pth, named as torchvision's, and the spec as ``name``.json; returns the former."""
+        """Write the weights as ``name``.pth, named as torchvision's, and the spec beside them; returns the former."""
         path = self.path / f"{name}.pth"
         with replacing(path) as temporary:
             weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}

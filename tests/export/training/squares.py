@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 from numpy.random import RandomState
+from PIL import Image
 
 from fpn_engine.annotations import AnnotatedImage, Annotation, CocoGroundTruth
 from fpn_engine.spec import Category, ModelSpec
@@ -72,3 +77,21 @@ class Squares:
                     Annotation(image_id=image.id, category_id=label, bbox=bbox, area=area, iscrowd=False)
                 )
         return CocoGroundTruth(images=tuple(images), categories=CATEGORIES, annotations=tuple(annotations))
+
+
+def write_squares(folder: Path, seed: int, count: int) -> Path:
+    """The data set on disk, as ``annotations.json`` and ``images/1.png``...; returns the former's path."""
+    squares = Squares(seed, count)
+    truth = squares.truth
+    (folder / "images").mkdir(parents=True)
+    for image, index in zip(truth.images, range(count), strict=True):
+        Image.fromarray(squares[index].pixels).save(folder / "images" / image.file_name)
+    annotations = [{"id": i, **dataclasses.asdict(a)} for i, a in enumerate(truth.annotations, start=1)]
+    document = {
+        "images": [dataclasses.asdict(image) for image in truth.images],
+        "categories": [dataclasses.asdict(category) for category in CATEGORIES],
+        "annotations": annotations,
+    }
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(document))
+    return path

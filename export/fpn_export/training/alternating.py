@@ -1,0 +1,146 @@
+"""Alternating training in four steps with shared features (Ren et al. 2015, sec. 3.2; Lin et al. 2017, table 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpn_engine.annotations import load_annotations
+from fpn_engine.engine import Engine
+from fpn_engine.errors import SpecError
+from fpn_engine.proposal_file import save_proposals
+from fpn_engine.proposals import ProposedImage
+from fpn_engine.spec import OBJECT
+from fpn_export.checkpoint import load_checkpoint
+from fpn_export.detector import FpnDetector, make_detector
+from fpn_export.training.job import Job, Outcome, joined, make_validation, train
+from fpn_export.training.run_folder import BEST, LAST, RunFolder
+from fpn_export.training.trainer import Progress
+from fpn_export.training.validation import main_figure, propose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One of the four: which model it trains, from which step's weights and among which step's proposals."""
+
+    name: str
+    model: str
+    starts_from: str | None = None
+    proposals_of: str | None = None
+
+    @property
+    def shared_frozen(self) -> bool:
+        return self.starts_from is not None
+
+
+STEPS = (
+    Step(name="1-rpn", model="rpn"),
+    Step(name="2-fast_rcnn", model="fast_rcnn", proposals_of="1-rpn"),
+    Step(name="3-rpn", model="rpn", starts_from="2-fast_rcnn"),
+    Step(name="4-fast_rcnn", model="fast_rcnn", starts_from="2-fast_rcnn", proposals_of="3-rpn"),
+)
+MODEL = f"{LAST}.pth"
+
+
+def train_alternating(
+    job: Job,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_note: Callable[[str], None] = lambda sentence: None,
+) -> Outcome:
+    """Train a Faster R-CNN whose RPN and box head share backbone and pyramid, each step under the job's recipe.
+
+    1. an RPN; 2. a Fast R-CNN of its own features on the RPN's proposals; 3. an RPN head on the fixed features of step
+    2; 4. the box head on these features and the new proposals. Each step is a run in a folder of its own within the
+    job's output, so all of it may be stopped and taken up. The joined model is ``best.pth`` and ``last.pth`` there.
+
+    Raises: as :func:`train`; SpecError if the job's model is no Faster R-CNN.
+    """
+    if job.spec.model != "faster_rcnn":
+        raise SpecError(f"alternating training makes a faster_rcnn, not a {job.spec.model}")
+    if job.restart and _is_first():
+        for step in STEPS:
+            shutil.rmtree(job.output / step.name, ignore_errors=True)
+    job = dataclasses.replace(job, restart=False)
+    for step in STEPS:
+        if _is_first():
+            on_note(f"step {step.name}")
+        outcome = train(_job_of(step, job), on_progress, should_stop, on_note)
+        if not outcome.complete:
+            return outcome
+        if step.model == "rpn":
+            with joined(job) as processes:
+                if processes.is_first:
+                    _write_proposals(step, job)
+                processes.wait()
+    if not _is_first():
+        return outcome
+    model = join_models(job, job.output / STEPS[2].name / MODEL, job.output / STEPS[3].name / MODEL)
+    validation = make_validation(job)
+    score = validation(model) if validation else None
+    about = {"recipe": job.recipe.to_dict(), "schedule": "alternating, four steps"}
+    folder = RunFolder(job.output)
+    for name in (BEST, LAST):
+        folder.save_model(name, model, about)
+    folder.close()
+    return Outcome(complete=True, step=job.recipe.steps, best=main_figure(score)[1] if score else None)
+
+
+def join_models(job: Job, rpn: Path, fast_rcnn: Path) -> FpnDetector:
+    """The Faster R-CNN of an RPN and a Fast R-CNN that were trained on the same fixed features."""
+    weights = load_checkpoint(fast_rcnn).model.state_dict()
+    weights |= {name: t for name, t in load_checkpoint(rpn).model.state_dict().items() if name.startswith("rpn.")}
+    model = make_detector(job.spec, representation_size=job.representation_size)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _job_of(step: Step, job: Job) -> Job:
+    changes: dict[str, Any] = {"model": step.model}
+    if step.model == "rpn":
+        changes |= {"categories": (OBJECT,), "box_detections_per_img": job.spec.rpn_post_nms_top_n_test}
+    proposals = (
+        [path for path, _, _ in _proposal_files(job.output / step.proposals_of, job)] if step.proposals_of else []
+    )
+    return dataclasses.replace(
+        job,
+        spec=dataclasses.replace(job.spec, **changes),
+        output=job.output / step.name,
+        init=job.output / step.starts_from / MODEL if step.starts_from else job.init,
+        proposals=proposals,
+        shared_frozen=step.shared_frozen,
+    )
+
+
+def _proposal_files(folder: Path, job: Job) -> list[tuple[Path, Path, Path]]:
+    """Of each annotation file: where its images' proposals go, the file itself, and the folder of its images."""
+    sources = [(path, job.images) for path in job.annotations]
+    if job.val_annotations is not None:
+        sources.append((job.val_annotations, job.val_images or job.images))
+    return [(folder / f"proposals-{i}.npz", *source) for i, source in enumerate(sources)]
+
+
+def _write_proposals(step: Step, job: Job) -> None:
+    """As many as a step draws its RoIs from; what is there already stays."""
+    model = load_checkpoint(job.output / step.name / MODEL).model
+    count = job.recipe.proposals_per_image
+    model.spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=count, rpn_post_nms_top_n_test=count)
+    for path, source, images in _proposal_files(job.output / step.name, job):
+        if os.path.exists(path):
+            continue
+        truth = load_annotations(source)
+        names = {image.id: image.file_name for image in truth.images}
+        found = propose(Engine(model.pipeline), truth, images)
+        save_proposals(
+            path,
+            [ProposedImage(file_name=names[i], image_id=i, proposals=proposals) for i, proposals in found.items()],
+        )

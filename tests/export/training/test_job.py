@@ -1,0 +1,158 @@
+"""Whole runs from files: joint, alternating, on given proposals, and what can be wrong with the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fpn_engine.errors import AnnotationError, FpnEngineError, ImageError, ProposalError, SpecError
+from fpn_engine.spec import OBJECT
+from fpn_export.checkpoint import load_checkpoint
+from fpn_export.systems import SYSTEMS, make_system
+from fpn_export.training.alternating import STEPS, train_alternating
+from fpn_export.training.job import Job, train
+from fpn_export.training.recipe import Recipe
+from fpn_export.training.trainer import Habits
+from tests.export.training.squares import tiny_spec, write_squares
+
+RECIPE = Recipe(
+    steps=4,
+    batch_size=2,
+    learning_rate=0.005,
+    warmup_steps=1,
+    clip_norm=1.0,
+    anchors_per_image=16,
+    rois_per_image=16,
+    proposals_per_image=50,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_squares(tmp_path_factory.mktemp("squares"), seed=1, count=6)
+
+
+def make_job(data: Path, output: Path, **changes: Any) -> Job:
+    values = {
+        "annotations": [data],
+        "images": data.parent / "images",
+        "output": output,
+        "spec": tiny_spec(rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_test=50),
+        "representation_size": 32,
+        "recipe": RECIPE,
+        "habits": Habits(validate_every=100, save_every=2),
+        "device": "cpu",
+    }
+    return Job(**(values | changes))
+
+
+def test_a_joint_run_scores_its_model(data: Path, run_path: Path) -> None:
+    outcome = train(make_job(data, run_path, val_annotations=data))
+    assert outcome.complete
+    assert outcome.step == 4
+    assert outcome.best is not None
+    assert 0 <= outcome.best <= 1
+    assert load_checkpoint(run_path / "best.pth").assumptions == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_of_the_paper_trains(system: str, data: Path, run_path: Path) -> None:
+    base = tiny_spec(rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_test=50, body_width=8, fpn_channels=8)
+    spec = make_system(base, system)
+    recipe = Recipe.from_dict(RECIPE.to_dict() | {"steps": 2})
+    assert train(make_job(data, run_path, spec=spec, recipe=recipe)).complete
+    loaded = load_checkpoint(run_path / "last.pth")
+    assert dataclasses.replace(loaded.spec, source="") == spec
+
+
+def test_alternating_training_shares_features(data: Path, run_path: Path) -> None:
+    job = make_job(data, run_path, val_annotations=data)
+    notes: list[str] = []
+    outcome = train_alternating(job, on_note=notes.append)
+    assert outcome.complete
+    assert [note for note in notes if note.startswith("step ")] == [f"step {step.name}" for step in STEPS]
+    parts = {step.name: load_checkpoint(run_path / step.name / "last.pth").model.state_dict() for step in STEPS}
+    joined = load_checkpoint(run_path / "best.pth")
+    assert joined.spec.model == "faster_rcnn"
+    for name, tensor in joined.model.state_dict().items():
+        origin = "3-rpn" if name.startswith("rpn.") else "4-fast_rcnn"
+        assert torch.equal(tensor, parts[origin][name]), name
+        if name.startswith("backbone."):
+            assert all(torch.equal(tensor, parts[step][name]) for step in ("2-fast_rcnn", "3-rpn")), name
+    assert any(not torch.equal(t, parts["1-rpn"][n]) for n, t in parts["2-fast_rcnn"].items() if "fpn" in n)
+    assert load_checkpoint(run_path / "1-rpn" / "last.pth").spec.categories == (OBJECT,)
+
+
+def test_alternating_training_goes_on_where_it_was_stopped(data: Path, run_path: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    train_alternating(make_job(data, whole))
+    seen: list[int] = []
+    stopped = train_alternating(
+        make_job(data, run_path), lambda progress: seen.append(progress.step), lambda: len(seen) == 6
+    )
+    assert not stopped.complete
+    assert train_alternating(make_job(data, run_path), lambda progress: seen.append(progress.step)).complete
+    assert seen == [1, 2, 3, 4] * 4
+    a, b = (torch.load(path / "last.pth", weights_only=True) for path in (whole, run_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_fast_rcnn_needs_proposals(data: Path, run_path: Path) -> None:
+    spec = dataclasses.replace(tiny_spec(), model="fast_rcnn")
+    with pytest.raises(ProposalError, match="--proposals"):
+        train(make_job(data, run_path, spec=spec))
+    with pytest.raises(SpecError, match="not a fast_rcnn"):
+        train_alternating(make_job(data, run_path, spec=spec))
+
+
+def edit(data: Path, target: Path, change: Any) -> Path:
+    document = json.loads(data.read_text())
+    change(document)
+    target.write_text(json.dumps(document))
+    return target
+
+
+def test_images_that_are_not_there_are_counted(data: Path, run_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"6 of 6 annotated images are not in .*--images"):
+        train(make_job(data, run_path, images=tmp_path))
+
+
+def test_annotations_without_objects_are_said(data: Path, run_path: Path, tmp_path: Path) -> None:
+    empty = edit(data, tmp_path / "empty.json", lambda document: document["annotations"].clear())
+    with pytest.raises(AnnotationError, match="no annotated image has an object"):
+        train(make_job(empty, run_path, images=data.parent / "images"))
+    with pytest.raises(AnnotationError, match="no object to score on"):
+        train(make_job(data, run_path, val_annotations=empty))
+
+
+def test_an_image_of_another_size_is_named(data: Path, run_path: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (data.parent / "images").iterdir():
+        Image.open(path).resize((50, 40)).save(images / path.name)
+    with pytest.raises(ImageError, match=r"\.png is 50x40 pixels, but its annotations are for 96x96"):
+        train(make_job(data, run_path, images=images))
+
+
+def test_a_batch_that_does_not_divide_is_said(data: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpn_export.training.processes.dist.init_process_group", lambda *args, **options: None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(FpnEngineError, match="a batch of 2 does not divide among 3 processes"):
+        train(make_job(data, run_path))
+
+
+def test_a_gpu_that_is_not_there_is_said(data: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(FpnEngineError, match="there is no CUDA device here"):
+        train(make_job(data, run_path, device="cuda"))
+
+
+def test_a_device_of_nonsense_is_said(data: Path, run_path: Path) -> None:
+    with pytest.raises(FpnEngineError, match="toaster"):
+        train(make_job(data, run_path, device="toaster"))
