@@ -20,6 +20,7 @@ from fpn_export.checkpoint import load_checkpoint
 from fpn_export.detector import FpnDetector, make_detector
 from fpn_export.training.job import Job, Outcome, joined, make_validation, train
 from fpn_export.training.run_folder import BEST, LAST, RunFolder
+from fpn_export.training.step import with_proposals
 from fpn_export.training.trainer import Progress
 from fpn_export.training.validation import main_figure, propose
 
@@ -132,8 +133,7 @@ def _proposal_files(folder: Path, job: Job) -> list[tuple[Path, Path, Path]]:
 def _write_proposals(step: Step, job: Job) -> None:
     """As many as a step draws its RoIs from; what is there already stays."""
     model = load_checkpoint(job.output / step.name / MODEL).model
-    count = job.recipe.proposals_per_image
-    model.spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=count, rpn_post_nms_top_n_test=count)
+    model.spec = with_proposals(model.spec, job.recipe.proposals_per_image)
     for path, source, images in _proposal_files(job.output / step.name, job):
         if os.path.exists(path):
             continue

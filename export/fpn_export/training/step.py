@@ -33,6 +33,12 @@ def make_anchors(spec: ModelSpec, grids: Sequence[Sequence[int]], padded_size: S
     return torch.cat(anchors)
 
 
+def with_proposals(spec: ModelSpec, count: int) -> ModelSpec:
+    """``spec`` with ``count`` proposals per image, and candidates before NMS in proportion."""
+    candidates = count * spec.rpn_pre_nms_top_n_test // spec.rpn_post_nms_top_n_test
+    return dataclasses.replace(spec, rpn_pre_nms_top_n_test=max(1, candidates), rpn_post_nms_top_n_test=count)
+
+
 @torch.no_grad()
 def propose(
     model: FpnDetector,
@@ -42,8 +48,9 @@ def propose(
     count: int = PAPER_SAMPLES.proposals,
 ) -> list[Tensor]:
     """Each image's (R_n, 4) proposals for the box head to learn on, best first; no gradient flows through them."""
-    spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=count, rpn_post_nms_top_n_test=count)
-    found = Pipeline(spec, model.trunk, None, image_sizes.device).propose(out, padded_size, image_sizes)
+    found = Pipeline(with_proposals(model.spec, count), model.trunk, None, image_sizes.device).propose(
+        out, padded_size, image_sizes
+    )
     return [boxes[:count] for boxes, count in zip(found.boxes, found.counts.tolist(), strict=True)]
 
 

@@ -81,6 +81,8 @@ class Trainer:
         validation: Validation | None = None,
     ) -> None:
         self.model = model.to(processes.device)
+        if processes.device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)  # what its convolutions compute in
         self._examples, self._recipe, self.folder, self._processes = examples, recipe, folder, processes
         self._habits = habits or Habits()
         self._shared_frozen = shared_frozen
