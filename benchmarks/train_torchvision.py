@@ -1,0 +1,140 @@
+"""torchvision's own Faster R-CNN R18-FPN, trained by torchvision's code on the data of ``fpn-engine train``.
+
+    python -m benchmarks.train_torchvision --annotations X.json --images DIR -o FOLDER --minutes 90
+
+The yardstick for the bundled model: the same images in the same order with the same flips, and as many updates as fit
+into the minutes, along which the learning rate falls as a cosine. Leaves FOLDER/last.pth with its JSON, which
+``fpn-engine export`` takes. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.models import resnet18
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+from fpn_engine.annotations import load_annotations
+from fpn_engine.spec import ModelSpec
+from fpn_export.training.augmentation import augment
+from fpn_export.training.batches import BatchOrder, Place
+from fpn_export.training.examples import AnnotatedExamples
+from fpn_export.training.randomness import AUGMENTATION, random_state
+from fpn_export.training.recipe import Recipe
+
+CHANNELS, REPRESENTATION = 128, 256
+SCALES = (0.7, 0.8, 0.9, 1.0, 1.1)
+WARMUP = 200
+ENDLESS = 10**9
+
+
+class Augmented:
+    """Images and targets as torchvision's detectors take them."""
+
+    def __init__(self, examples: AnnotatedExamples, recipe: Recipe) -> None:
+        self._examples, self._recipe = examples, recipe
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, dict[str, Tensor]]:
+        random = random_state(self._recipe.seed, AUGMENTATION, place.step, place.slot)
+        example, _ = augment(self._examples[place.image], self._recipe, random)
+        image = torch.from_numpy(example.pixels).permute(2, 0, 1).float() / 255
+        return image, {"boxes": torch.from_numpy(example.boxes), "labels": torch.from_numpy(example.labels)}
+
+
+def make_model(spec: ModelSpec, scales: tuple[float, ...]) -> FasterRCNN:
+    """Random weights, trainable batch norms."""
+    body = resnet18(weights=None)
+    stages = {f"layer{i + 1}": str(i) for i in range(4)}
+    sizes = tuple(tuple(int(side) for side in level) for level in spec.anchor_sizes)
+    return FasterRCNN(
+        BackboneWithFPN(body, stages, [64, 128, 256, 512], CHANNELS),
+        min_size=tuple(round(spec.min_size * scale) for scale in scales),
+        max_size=round(spec.max_size * max(scales)),
+        rpn_anchor_generator=AnchorGenerator(sizes, (spec.aspect_ratios,) * len(sizes)),
+        box_head=TwoMLPHead(CHANNELS * 49, REPRESENTATION),
+        box_predictor=FastRCNNPredictor(REPRESENTATION, spec.num_classes),
+    )
+
+
+def train(spec: ModelSpec, examples: AnnotatedExamples, folder: Path, minutes: float, rate: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = make_model(spec, SCALES).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    state_path = folder / "state.pt"
+    step, seconds = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    recipe = Recipe(steps=ENDLESS, batch_size=4, brightness=0.2)
+    order = BatchOrder(examples.shapes, recipe, first_step=step)
+    loader = DataLoader(
+        Augmented(examples, recipe), batch_sampler=order, collate_fn=lambda drawn: tuple(zip(*drawn, strict=True))
+    )
+    for images, targets in loader:
+        began = time.perf_counter()
+        spent = min(1.0, seconds / (60 * minutes))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * spent)) * min(1.0, (step + 1) / WARMUP)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = model(list(images), list(targets))
+        loss = torch.stack([part.float() for part in losses.values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        step += 1
+        seconds += time.perf_counter() - began
+        done = seconds >= 60 * minutes
+        if step % 50 == 0 or done:
+            print(f"step {step}: loss {loss.item():.3f}, {seconds / 60:.1f} of {minutes} min", flush=True)
+            temporary = state_path.with_suffix(".tmp")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save({**state, "seconds": seconds}, temporary)
+            os.replace(temporary, state_path)
+        if done:
+            break
+    torch.save(model.state_dict(), folder / "last.pth")
+    about = {"trained_with": "torchvision's FasterRCNN", "steps": step, "minutes": round(seconds / 60, 1)}
+    values = {**spec.to_dict(), "fpn_channels": CHANNELS}
+    (folder / "last.json").write_text(json.dumps({"spec": values, "about": about}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--learning-rate", type=float, default=0.02)
+    parser.add_argument("--min-size", type=int, default=480)
+    parser.add_argument("--max-size", type=int, default=640)
+    given = parser.parse_args()
+    truth = load_annotations(given.annotations)
+    spec = ModelSpec(
+        categories=truth.categories,
+        arch="resnet18",
+        fpn_channels=CHANNELS,
+        min_size=given.min_size,
+        max_size=given.max_size,
+        anchor_sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,)),
+    )
+    examples = AnnotatedExamples(truth, given.images, spec.categories)
+    train(spec, examples, given.output, given.minutes, given.learning_rate)
+
+
+if __name__ == "__main__":
+    main()
