@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels.checks import require, require_device, require_dtype, require_shape
+from fpn_kernels.registration import Op
 from fpn_kernels.selection import stable_topk
 
 BLOCK = 2048  # boxes resolved against each other at a time; 250 MB of temporaries if they all coincide
@@ -122,6 +123,22 @@ def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
+def _fake(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int
+) -> tuple[Tensor, Tensor]:
+    n = scores.shape[0]
+    return groups.new_empty(n, max_out), groups.new_empty(n)
+
+
+_padded_nms = Op(
+    "padded_nms",
+    "(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, int max_out) -> (Tensor, Tensor)",
+    padded_nms_reference,
+    "fpn_kernels.triton.nms:launch_padded_nms",
+    _fake,
+)
+
+
 def padded_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +168,7 @@ def padded_nms(
     require_device(boxes=boxes, scores=scores, groups=groups)
     require(0.0 <= iou_threshold <= 1.0, f"iou_threshold must be from 0 to 1, not {iou_threshold}")
     require(max_out >= 1, f"max_out must be at least 1, not {max_out}")
-    return padded_nms_reference(boxes, scores, groups, iou_threshold, max_out)
+    return _padded_nms(boxes.device, boxes, scores, groups, iou_threshold, max_out)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
