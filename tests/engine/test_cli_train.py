@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fpn_export.checkpoint import load_checkpoint
+from fpn_export.training.alternating import STEPS
 from tests.engine.conftest import Run
 from tests.export.training.squares import write_squares
 
@@ -124,15 +125,17 @@ def test_ctrl_c_ends_after_the_step_at_hand_and_the_same_command_goes_on(data: P
     assert steps_logged(output) == list(range(1, len(steps_logged(output)) + 1))
 
 
-def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", [[], ["--alternating"]], ids=["joint", "alternating"])
+def test_two_processes_train_one_model(schedule: list[str], data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "fpn_engine", *options(data, output, "--steps", "3", "--val-annotations", str(data))]
+    command += ["-m", "fpn_engine", *options(data, output, "--steps", "3", "--val-annotations", str(data)), *schedule]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("trained 3 steps") == 1
-    assert steps_logged(output) == [1, 2, 3]
+    logs = [output / step.name for step in STEPS] if schedule else [output]
+    assert [steps_logged(folder) for folder in logs] == [[1, 2, 3]] * len(logs)
     assert all(tensor.isfinite().all() for tensor in torch.load(output / "last.pth", weights_only=True).values())
 
 

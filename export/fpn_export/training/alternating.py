@@ -18,7 +18,8 @@ from fpn_engine.proposals import ProposedImage
 from fpn_engine.spec import OBJECT
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.detector import FpnDetector, make_detector
-from fpn_export.training.job import Job, Outcome, joined, make_validation, train
+from fpn_export.training.job import Job, Outcome, joined, make_validation, train_joined
+from fpn_export.training.processes import Processes
 from fpn_export.training.run_folder import BEST, LAST, RunFolder
 from fpn_export.training.step import with_proposals
 from fpn_export.training.trainer import Progress
@@ -60,27 +61,40 @@ def train_alternating(
     2; 4. the box head on these features and the new proposals. Each step is a run in a folder of its own within the
     job's output, so all of it may be stopped and taken up. The joined model is ``best.pth`` and ``last.pth`` there.
 
-    Raises: as :func:`train`; SpecError if the job's model is no Faster R-CNN.
+    Raises: as :func:`fpn_export.training.job.train`; SpecError if the job's model is no Faster R-CNN.
     """
     if job.spec.model != "faster_rcnn":
         raise SpecError(f"alternating training makes a faster_rcnn, not a {job.spec.model}")
-    if job.restart and _is_first():
+    with joined(job) as processes:
+        return _train_steps(job, processes, on_progress, should_stop, on_note)
+
+
+def _train_steps(
+    job: Job,
+    processes: Processes,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    on_note: Callable[[str], None],
+) -> Outcome:
+    if job.restart and processes.is_first:
         for step in STEPS:
             shutil.rmtree(job.output / step.name, ignore_errors=True)
+    processes.wait()
     job = dataclasses.replace(job, restart=False)
     for step in STEPS:
-        if _is_first():
+        if processes.is_first:
             on_note(f"step {step.name}")
-        outcome = train(_job_of(step, job), on_progress, should_stop, on_note)
+        outcome = train_joined(_job_of(step, job), processes, on_progress, should_stop, on_note)
         if not outcome.complete:
             return outcome
         if step.model == "rpn":
-            with joined(job) as processes:
-                if processes.is_first:
-                    _write_proposals(step, job)
-                processes.wait()
-    if not _is_first():
-        return outcome
+            if processes.is_first:
+                _write_proposals(step, job)
+            processes.wait()
+    return _save_joined_model(job) if processes.is_first else outcome
+
+
+def _save_joined_model(job: Job) -> Outcome:
     model = join_models(job, job.output / STEPS[2].name / MODEL, job.output / STEPS[3].name / MODEL)
     validation = make_validation(job)
     score = validation(model) if validation else None
@@ -99,10 +113,6 @@ def join_models(job: Job, rpn: Path, fast_rcnn: Path) -> FpnDetector:
     model = make_detector(job.spec, representation_size=job.representation_size)
     model.load_state_dict(weights)
     return model.eval()
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _job_of(step: Step, job: Job) -> Job:

@@ -77,7 +77,19 @@ def train(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    with joined(job) as processes, _opened(job, processes) as folder:
+    with joined(job) as processes:
+        return train_joined(job, processes, on_progress, should_stop, on_note)
+
+
+def train_joined(
+    job: Job,
+    processes: Processes,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    on_note: Callable[[str], None],
+) -> Outcome:
+    """:func:`train` among processes that have joined already."""
+    with _opened(job, processes) as folder:
         model, taken = make_model(job)
         if taken and processes.is_first:
             on_note(f"{len(model.state_dict()) - len(taken.missing)} tensors from {job.init}")

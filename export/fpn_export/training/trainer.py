@@ -168,7 +168,10 @@ class Trainer:
         return self.step == recipe.steps
 
     def _wrap(self, losses: _Losses) -> nn.Module:
-        return losses if self._processes.world_size == 1 else DistributedDataParallel(losses)
+        if self._processes.world_size == 1:
+            return losses
+        # Without an RPN a level that no RoI of the batch falls on gets no gradient.
+        return DistributedDataParallel(losses, find_unused_parameters=not self.model.has_rpn)
 
     def _update(self, losses_of: nn.Module, batch: Batch) -> dict[str, float]:
         recipe, processes = self._recipe, self._processes
