@@ -1,70 +1,39 @@
-"""COCO annotations: the ground truth that detections are scored against."""
+"""Annotation files: COCO instances JSON, and the way to VOC's XML files."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fpn_engine.errors import AnnotationError
+from fpn_engine.ground_truth import AnnotatedImage, Annotation, CocoGroundTruth
 from fpn_engine.spec import Category
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnnotatedImage:
-    """One image of an annotation file; sides in pixels."""
-
-    id: int
-    file_name: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Annotation:
-    """One object: bbox (x, y, width, height) and area in pixels; a crowd stands for many objects."""
-
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float
-    iscrowd: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CocoGroundTruth:
-    """The annotations of a data set, each list in the order of the file. Category ids may have gaps."""
-
-    images: tuple[AnnotatedImage, ...]
-    categories: tuple[Category, ...]
-    annotations: tuple[Annotation, ...]
-
-    @property
-    def image_ids(self) -> dict[str, int]:
-        """The id of each file_name."""
-        return {image.file_name: image.id for image in self.images}
-
-    def check_categories(self, categories: Iterable[Category]) -> None:
-        """Raise AnnotationError if an id means another class to the model than to these annotations.
-
-        Scores would silently be near zero, as between COCO ids (1-90, with gaps) and consecutive ones (1-80).
-        Ids that only one side has are fine, and so are the stand-in names of a checkpoint without names.
-        """
-        names = {category.id: category.name for category in self.categories}
-        for category in categories:
-            name = names.get(category.id, category.name)
-            if category.name not in (name, f"class_{category.id}"):
-                raise AnnotationError(
-                    f"category {category.id} is {category.name!r} to the model but {name!r} in the annotations; "
-                    "use the annotations that the model was trained for"
-                )
+from fpn_engine.voc import find_voc_images, is_voc, load_voc
 
 
 def load_annotations(path: str | Path) -> CocoGroundTruth:
+    """Read the annotations at ``path``: a COCO JSON file, a VOC folder, or a list of names (.txt) in a VOC folder.
+
+    Raises: AnnotationError as :func:`load_coco` and :func:`fpn_engine.voc.load_voc` do.
+    """
+    return load_voc(path) if is_voc(path) else load_coco(path)
+
+
+def find_images(path: str | Path) -> Path:
+    """The folder of the images that the annotations at ``path`` name, where the format says which.
+
+    Raises: AnnotationError for COCO annotations, which have no such folder.
+    """
+    if not is_voc(path):
+        raise AnnotationError(f"{path} does not say where its images are; name their folder with --images")
+    return find_voc_images(path)
+
+
+def load_coco(path: str | Path) -> CocoGroundTruth:
     """Read a COCO annotation file; ``iscrowd`` and ``area`` may be missing (0, and the box's own).
 
     Raises: AnnotationError if it cannot be read, is not COCO JSON, lists no image, or refers to an image or

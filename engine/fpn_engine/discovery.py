@@ -10,6 +10,7 @@ from fpn_engine.errors import FpnEngineError, PlanError
 from fpn_engine.files import cache_folder, replacing
 
 VARIABLE = "FPN_ENGINE_PLAN"
+NO_PLAN = "there is no plan to use; make one with: fpn-engine export model.pth, then fpn-engine build model.onnx"
 _LAST = "last-plan"
 
 
@@ -20,10 +21,10 @@ class FoundPlan(NamedTuple):
     reason: str | None
 
 
-def find_plan(named: Path | None) -> FoundPlan:
+def find_plan(named: Path | None) -> FoundPlan | None:
     """The plan named, else $FPN_ENGINE_PLAN, else the only *.plan in the current folder, else the last one built.
 
-    Raises: PlanError if there is none, or several in the current folder and no other hint.
+    Returns: None if there is none. Raises: PlanError if there are several in the current folder and no other hint.
     """
     if named is not None:
         return FoundPlan(named, None)
@@ -37,9 +38,7 @@ def find_plan(named: Path | None) -> FoundPlan:
     if here:
         names = ", ".join(plan.name for plan in here)
         raise PlanError(f"there are several plans here ({names}); name one with --plan")
-    raise PlanError(
-        "there is no plan to use; make one with: fpn-engine export model.pth, then fpn-engine build model.onnx"
-    )
+    return None
 
 
 def remember_plan(path: Path) -> None:

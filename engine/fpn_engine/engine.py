@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fpn_engine.backends.ort import OrtHead, OrtTrunk, runtime_version
 from fpn_engine.detections import Detections
-from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError
+from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError, ProposalError
 from fpn_engine.images import to_array
 from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Proposals, Thresholds
 from fpn_engine.plan import Manifest, Plan, read_plan, rebuild_hint
+from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
 from fpn_kernels import pack_images, preprocess
@@ -29,16 +30,6 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"
 TRUNK, HEAD = "trunk.onnx", "head.onnx"
-
-
-class ProposalBoxes(NamedTuple):
-    """Class-agnostic proposals of one image, best first.
-
-    Attributes: boxes (n, 4) float32 in pixels of the original image; scores (n,) float32 in 0..1.
-    """
-
-    boxes: NDArray[np.float32]
-    scores: NDArray[np.float32]
 
 
 class Outcome(NamedTuple):
@@ -76,7 +67,8 @@ class Engine:
         _check_fit(plan.manifest)
         spec = plan.manifest.spec
         trunk = OrtTrunk(plan.parts[TRUNK], spec, threads)
-        return cls(Pipeline(spec, trunk, OrtHead(plan.parts[HEAD], threads)), batch_size=batch_size)
+        head = OrtHead(plan.parts[HEAD], threads) if spec.has_box_head else None
+        return cls(Pipeline(spec, trunk, head), batch_size=batch_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None) -> Self:
@@ -87,6 +79,7 @@ class Engine:
         self,
         images: ImageLike | Sequence[ImageLike],
         *,
+        proposals: Sequence[ProposalBoxes | ArrayLike] | None = None,
         score_threshold: float | None = None,
         nms_threshold: float | None = None,
         max_detections: int | None = None,
@@ -95,13 +88,17 @@ class Engine:
 
         Args:
             images: see :func:`fpn_engine.images.to_array` for what is accepted.
+            proposals: for a Fast R-CNN, and only for one: boxes (n, 4) of each image, x1 y1 x2 y2 in its pixels.
             score_threshold, nms_threshold: in 0..1; max_detections: per image. None takes the spec's.
         Returns: one Detections per image, in order, boxes in pixels of the original image.
-        Raises: ImageError for an image that cannot be read, NonFiniteError if the network gave NaN or infinity.
+        Raises: ImageError for an image that cannot be read, ProposalError for proposals that are no such boxes, missing
+            or of no use to the model, NonFiniteError if the network gave NaN or infinity.
         """
         thresholds = self.thresholds(score_threshold, nms_threshold, max_detections)
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-        results = self._detect(_read_all(listed), thresholds)
+        self._check_proposals(proposals is not None)
+        given = None if proposals is None else as_boxes(proposals, len(listed))
+        results = self._detect(_read_all(listed), thresholds, given)
         found = []
         for number, (image, result) in enumerate(zip(listed, results, strict=True)):
             if isinstance(result, NonFiniteError):
@@ -114,22 +111,29 @@ class Engine:
         paths: Iterable[str | os.PathLike[str]],
         *,
         thresholds: Thresholds | None = None,
+        proposals: Callable[[str], ProposalBoxes] | None = None,
         read: Callable[[str | os.PathLike[str]], Pixels] = to_array,
     ) -> Iterator[Outcome]:
-        """Detect in files one after another, in order and in bounded memory; a bad file is an outcome, not an end."""
+        """Detect in files one after another, in order and in bounded memory; a bad file is an outcome, not an end.
+
+        ``proposals`` gives a Fast R-CNN those of the image at a path; what it raises as FpnEngineError is an outcome.
+        """
+        self._check_proposals(proposals is not None)
         thresholds = thresholds or Thresholds.of(self.spec)
         remaining = iter(paths)
         # A window of several batches, so that mixed sizes still fill batches of one size.
         window = self.batch_size if self.batch_size == 1 else 4 * self.batch_size
         while chunk := list(islice(remaining, window)):
-            pixels = [_attempt(read, path) for path in chunk]
-            good = [image for image in pixels if not isinstance(image, FpnEngineError)]
-            results = iter(self._detect(good, thresholds))
-            for path, image in zip(chunk, pixels, strict=True):
+            read_chunk = [_read_with_proposals(path, read, proposals) for path in chunk]
+            good = [image for image in read_chunk if not isinstance(image, FpnEngineError)]
+            given = [boxes for _, boxes in good if boxes is not None]
+            results = iter(self._detect([pixels for pixels, _ in good], thresholds, given if proposals else None))
+            for path, item in zip(chunk, read_chunk, strict=True):
                 source = os.fspath(path)
-                if isinstance(image, FpnEngineError):
-                    yield Outcome(source, None, image)
+                if isinstance(item, FpnEngineError):
+                    yield Outcome(source, None, item)
                     continue
+                image = item[0]
                 result = next(results)
                 if isinstance(result, NonFiniteError):
                     yield Outcome(source, image, NonFiniteError(f"{source}: {result}"))
@@ -139,8 +143,10 @@ class Engine:
     def propose(self, images: ImageLike | Sequence[ImageLike]) -> list[ProposalBoxes]:
         """The RPN's class-agnostic proposals (Lin et al. 2017, sec. 4.1), at most rpn_post_nms_top_n_test each.
 
-        Raises as a call of the engine does.
+        Raises as a call of the engine does, and ProposalError for a Fast R-CNN.
         """
+        if not self.spec.has_rpn:
+            raise ProposalError("a Fast R-CNN has no RPN and proposes nothing")
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         pixels = _read_all(listed)
         found: list[ProposalBoxes | None] = [None] * len(pixels)
@@ -156,7 +162,7 @@ class Engine:
                 if not finite[row]:
                     raise NonFiniteError(f"{_source(listed[index]) or f'image {index}'}: {NON_FINITE_REASON}")
                 n = int(proposals.counts[row])
-                ratio = _ratio(pixels[index], image_sizes[row])
+                ratio = _ratio(pixels[index].shape[:2], image_sizes[row].tolist())
                 found[index] = ProposalBoxes(
                     proposals.boxes[row, :n].numpy() * ratio, proposals.scores[row, :n].numpy().copy()
                 )
@@ -170,12 +176,23 @@ class Engine:
             box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=max_detections
         )
 
-    def _detect(self, images: Sequence[Pixels], thresholds: Thresholds) -> list[Detections | NonFiniteError]:
+    def _check_proposals(self, given: bool) -> None:
+        if given and self.spec.has_rpn:
+            raise ProposalError("this model finds its own proposals; proposals are given to a Fast R-CNN only")
+        if not given and not self.spec.has_rpn:
+            raise ProposalError("this model is a Fast R-CNN, which detects among given proposals; give them too")
+
+    def _detect(
+        self, images: Sequence[Pixels], thresholds: Thresholds, given: Sequence[Boxes] | None
+    ) -> list[Detections | NonFiniteError]:
         results: list[Detections | NonFiniteError | None] = [None] * len(images)
         for indices, size in self._batches(images):
-            batch, image_sizes = self._preprocess([images[i] for i in indices], size)
+            chosen = [images[i] for i in indices]
+            batch, image_sizes = self._preprocess(chosen, size)
+            proposals = None if given is None else self._pack(chosen, [given[i] for i in indices], image_sizes)
             with torch.inference_mode():
-                padded = PaddedDetections(*(t.cpu() for t in self._pipeline(batch, image_sizes, thresholds)))
+                padded = self._pipeline(batch, image_sizes, thresholds, proposals)
+                padded = PaddedDetections(*(t.cpu() for t in padded))
             for row, index in enumerate(indices):
                 results[index] = self._trim(padded, row, images[index], image_sizes[row])
         return [result for result in results if result is not None]
@@ -205,6 +222,15 @@ class Engine:
         )
         return batch.to(self._pipeline.device), image_sizes.to(self._pipeline.device)
 
+    def _pack(self, images: Sequence[Pixels], given: Sequence[Boxes], image_sizes: torch.Tensor) -> Proposals:
+        """Boxes in pixels of the originals as proposals in pixels of the resized images, padded to one length."""
+        capacity = max(1, *(len(boxes) for boxes in given))
+        packed = torch.zeros(len(images), capacity, 4)
+        for row, (image, boxes) in enumerate(zip(images, given, strict=True)):
+            packed[row, : len(boxes)] = torch.from_numpy(boxes * _ratio(image_sizes[row].tolist(), image.shape[:2]))
+        counts = torch.tensor([len(boxes) for boxes in given], dtype=torch.int64)
+        return Proposals.given(packed.to(self._pipeline.device), counts.to(self._pipeline.device))
+
     def _trim(
         self, padded: PaddedDetections, row: int, image: Pixels, image_size: torch.Tensor
     ) -> Detections | NonFiniteError:
@@ -213,7 +239,7 @@ class Engine:
             return NonFiniteError(NON_FINITE_REASON)
         n = int(padded.counts[row])
         return Detections(
-            boxes=padded.boxes[row, :n].numpy() * _ratio(image, image_size),
+            boxes=padded.boxes[row, :n].numpy() * _ratio(image.shape[:2], image_size.tolist()),
             scores=padded.scores[row, :n].numpy().copy(),
             labels=padded.labels[row, :n].numpy().copy(),
             image_size=(image.shape[0], image.shape[1]),
@@ -231,13 +257,14 @@ def _check_fit(manifest: Manifest) -> None:
         raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild}")
     if built.split(".")[:2] != installed.split(".")[:2]:
         raise PlanError(f"the plan was built with onnxruntime {built}, installed is {installed}; {rebuild}")
-    if set(manifest.parts) != {TRUNK, HEAD}:
-        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {HEAD} and {TRUNK}; {rebuild}")
+    needed = [HEAD, TRUNK] if manifest.spec.has_box_head else [TRUNK]
+    if sorted(manifest.parts) != needed:
+        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {' and '.join(needed)}; {rebuild}")
 
 
-def _ratio(image: Pixels, resized: torch.Tensor) -> NDArray[np.float32]:
-    """Original over resized side as x, y, x, y, rounded to float32 before it multiplies, as torchvision does."""
-    h, w = (np.float32(side) / np.float32(new) for side, new in zip(image.shape[:2], resized.tolist(), strict=True))
+def _ratio(of: Sequence[int], to: Sequence[int]) -> NDArray[np.float32]:
+    """One (h, w) over another as x, y, x, y, rounded to float32 before it multiplies, as torchvision does."""
+    h, w = (np.float32(side) / np.float32(other) for side, other in zip(of, to, strict=True))
     return np.array([w, h, w, h], dtype=np.float32)
 
 
@@ -259,8 +286,13 @@ def _read_all(images: Sequence[Any]) -> list[Pixels]:
     return pixels
 
 
-def _attempt(read: Callable[[str | os.PathLike[str]], Pixels], path: str | os.PathLike[str]) -> Pixels | FpnEngineError:
+def _read_with_proposals(
+    path: str | os.PathLike[str],
+    read: Callable[[str | os.PathLike[str]], Pixels],
+    proposals: Callable[[str], ProposalBoxes] | None,
+) -> tuple[Pixels, Boxes | None] | FpnEngineError:
+    """An image and what it is given, or the error that was met."""
     try:
-        return read(path)
+        return read(path), None if proposals is None else as_boxes([proposals(os.fspath(path))], 1)[0]
     except FpnEngineError as error:
         return error

@@ -33,5 +33,13 @@ class NonFiniteError(FpnEngineError):
     """A network that produced NaN or infinity for an image: its detections would be meaningless."""
 
 
+class ProposalError(FpnEngineError):
+    """Proposals that cannot be read, do not belong to the images, or are given to a model that finds its own."""
+
+
 class AnnotationError(FpnEngineError):
-    """A COCO annotation file that cannot be read or does not match the images."""
+    """Annotations that cannot be read or do not match the images."""
+
+
+class DownloadError(FpnEngineError):
+    """A file that the network, its server or the disk refuses, or that is not the published one."""

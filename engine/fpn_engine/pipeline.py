@@ -52,9 +52,7 @@ class Thresholds:
     def of(cls, spec: ModelSpec) -> Self:
         of_boxes = (spec.box_score_thresh, spec.box_nms_thresh)
         score, nms = of_boxes if spec.has_box_head else (spec.rpn_score_thresh, spec.rpn_nms_thresh)
-        return cls(
-            box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=spec.box_detections_per_img
-        )
+        return cls(box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=spec.box_detections_per_img)
 
     def override(self, **changes: Any) -> Self:
         """A copy with those of ``changes`` that are not None."""
@@ -103,9 +101,7 @@ class Pipeline:
         spec: the model. trunk, head: its two neural parts, on ``device``; an RPN alone has no head.
     """
 
-    def __init__(
-        self, spec: ModelSpec, trunk: Trunk, head: BoxHead | None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, spec: ModelSpec, trunk: Trunk, head: BoxHead | None, device: torch.device | str = "cpu") -> None:
         self.spec = spec
         self.trunk = trunk
         self.head = head

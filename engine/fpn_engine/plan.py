@@ -19,6 +19,7 @@ from fpn_engine.spec import ModelSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+NAMED_SOURCE = "--model "  # begins the source of a plan that was built from a named model
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_REASON = 200  # characters of a wrong value that a message repeats
 # A fixed time, so that the same build gives the same bytes.
@@ -44,7 +45,7 @@ class Manifest:
         device: the kind of device it was built for, "cpu".
         versions: package versions at build time; those in ``Backend`` checks must match when loading.
         build_key: digest of everything that went into the build; the same key means the same plan.
-        source: name of the ONNX file.
+        source: name of the ONNX file, or "--model NAME" for a named model.
         parts: the files inside.
     """
 
@@ -57,6 +58,11 @@ class Manifest:
     source: str
     parts: dict[str, Part] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def runtime(self) -> str:
+        """How it runs, for people: onnxruntime fp32 on the CPU."""
+        return f"{self.backend} {self.precision} on the {self.device.upper()}"
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self) | {"spec": self.spec.to_dict()}
@@ -187,7 +193,9 @@ def rebuild_hint(manifest: Manifest) -> str:
 
 
 def _rebuild_from(source: str) -> str:
-    return f"build it again with: fpn-engine build {shlex.quote(source) if source.isprintable() else 'model.onnx'}"
+    source = source if source.isprintable() else "model.onnx"
+    option = NAMED_SOURCE if source.startswith(NAMED_SOURCE) else ""
+    return f"build it again with: fpn-engine build {option}{shlex.quote(source.removeprefix(option))}"
 
 
 def _require_type(name: str, value: object, kind: type) -> None:

@@ -12,11 +12,17 @@ from typing import Any, Self
 
 from fpn_engine.errors import SpecError
 
-MODELS = ("faster_rcnn", "fast_rcnn")
+MODELS = ("faster_rcnn", "fast_rcnn", "rpn")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+BOTTLENECKS = ("resnet50", "resnet101")  # each stage puts out four times the width of its 3x3 convolutions
+PYRAMIDS = ("fpn", "bottom_up", "top_down", "none")
+BOX_HEADS = ("two_mlp", "conv5")
+POOLINGS = ("align", "max")
+FINEST_STAGE, COARSEST_STAGE = 2, 5  # c2 and c5; p6 and p7 have no stage of their own
 CHANNEL_ORDERS = ("rgb", "bgr")
 LEVELS = (2, 3, 4, 5, 6, 7)
 _POSITIVE = (
+    "body_width",
     "fpn_channels",
     "min_size",
     "max_size",
@@ -38,8 +44,13 @@ class Category:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoIPoolSpec:
-    """How features are pooled for a region (sec. 4.2): ``sampling_ratio`` 0 means adaptive."""
+    """How features are pooled for a region (sec. 4.2).
 
+    ``kind`` is "align" (RoIAlign) or "max" (RoIPool, Girshick 2015, sec. 2.1), to which ``sampling_ratio`` and
+    ``aligned`` do not apply. ``sampling_ratio`` 0 means adaptive.
+    """
+
+    kind: str = "align"
     output_size: int = 7
     sampling_ratio: int = 2
     aligned: bool = False
@@ -49,9 +60,15 @@ class RoIPoolSpec:
 class ModelSpec:
     """The whole contract of a model. Defaults are torchvision's ``fasterrcnn_resnet50_fpn``.
 
+    ``model`` says which parts there are: RPN and box head, the box head alone on given proposals ("fast_rcnn"), or
+    the RPN alone, whose proposals are detections of its one category. ``pyramid`` is that of tables 1-3: "fpn";
+    "bottom_up", without top-down additions (d); "top_down", without lateral connections (e); or "none", one stage of
+    the ResNet as it is (a, b). ``box_head`` "conv5" is the ResNet's stage 5 on RoIs of C4 (tables 2 and 3, a).
+
     The names are torchvision's arguments. It is stored as JSON in the ONNX file and in the plan.
     Sizes are pixels; boxes are (x1, y1, x2, y2), half-open. Categories are in label order: label 1 is the
-    first, label 0 is background.
+    first, label 0 is background. ``body_width`` is the width of the ResNet's stem and first stage, 64 in He et al.;
+    the others are 2, 4 and 8 times as wide.
 
     Raises: SpecError (a ValueError) for a value outside its range, and from ``from_dict`` for unknown keys.
     """
@@ -59,7 +76,11 @@ class ModelSpec:
     categories: tuple[Category, ...]
     model: str = "faster_rcnn"
     arch: str = "resnet50"
+    body_width: int = 64
+    pyramid: str = "fpn"
     fpn_channels: int = 256
+    rpn_head_shared: bool = True
+    box_head: str = "two_mlp"
 
     min_size: int = 800
     max_size: int = 1333
@@ -94,6 +115,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         _require_one_of("model", self.model, MODELS)
         _require_one_of("arch", self.arch, ARCHITECTURES)
+        _require_one_of("pyramid", self.pyramid, PYRAMIDS)
+        _require_one_of("box_head", self.box_head, BOX_HEADS)
+        _require_one_of("box_roi_pool.kind", self.box_roi_pool.kind, POOLINGS)
         _require_one_of("channel_order", self.channel_order, CHANNEL_ORDERS)
         ids = [category.id for category in self.categories]
         pool = self.box_roi_pool
@@ -101,11 +125,14 @@ class ModelSpec:
         for name, ok, allowed in (
             ("categories", len(ids) >= 1, "at least one category"),
             ("categories", len(set(ids)) == len(ids), "categories of distinct ids"),
+            ("categories", self.model != "rpn" or len(ids) == 1, "one category, the object, for an rpn"),
             ("min_size", self.min_size <= self.max_size, f"at most max_size ({self.max_size})"),
             ("size_divisor", self.size_divisor == 32, "32, the stride of C5"),
             ("image_mean", len(self.image_mean) == 3, "three numbers"),
             ("image_std", len(self.image_std) == 3 and min(self.image_std) > 0, "three positive numbers"),
             ("levels", _consecutive(self.levels, LEVELS), "consecutive levels of 2..7, finest first"),
+            ("levels", self.pyramid != "none" or self._is_one_stage, "one level of 2..5 where pyramid is none"),
+            ("box_head", self.box_head != "conv5" or self._is_c4, "two_mlp unless pyramid is none and levels are (4,)"),
             ("roi_levels", _consecutive(self.roi_levels, self.levels), f"consecutive and among {self.levels}"),
             ("anchor_sizes", len(self.anchor_sizes) == len(self.levels), f"one tuple for each of {self.levels}"),
             ("anchor_sizes", len({len(sizes) for sizes in self.anchor_sizes}) == 1, "equally many on every level"),
@@ -129,9 +156,53 @@ class ModelSpec:
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
     @property
+    def has_rpn(self) -> bool:
+        return self.model != "fast_rcnn"
+
+    @property
+    def has_box_head(self) -> bool:
+        return self.model != "rpn"
+
+    @property
+    def coarsest_stage(self) -> int:
+        """The last stage of the ResNet that is computed: 5, or the last level where none reads beyond it."""
+        return COARSEST_STAGE if self.pyramid in ("fpn", "top_down") else min(self.levels[-1], COARSEST_STAGE)
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of c2..c5; of the paper's ResNets 256, 512, 1024, 2048."""
+        expansion = 4 if self.arch in BOTTLENECKS else 1
+        return tuple(self.body_width * expansion * 2**i for i in range(4))
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the maps that the RPN and the RoIs see: the pyramid's, or those of the one stage."""
+        return self.fpn_channels if self.pyramid != "none" else self.stage_channels[self.levels[0] - FINEST_STAGE]
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """What the maps of ``levels`` are called: p2, p3, ..., or c4 where there is no pyramid."""
+        return tuple(f"{'c' if self.pyramid == 'none' else 'p'}{level}" for level in self.levels)
+
+    @property
+    def _is_one_stage(self) -> bool:
+        return len(self.levels) == 1 and self.levels[0] <= COARSEST_STAGE
+
+    @property
+    def _is_c4(self) -> bool:
+        return self.pyramid == "none" and self.levels == (4,)
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Nominal stride of each level in pixels, finest first: 4, 8, 16, 32, 64."""
         return tuple(2**level for level in self.levels)
+
+    def describe_features(self) -> str:
+        """What the RPN and the RoIs see, in words: "pyramid of 256 channels", "C4 of 1024 channels"."""
+        if self.pyramid == "none":
+            return f"C{self.levels[0]} of {self.feature_channels} channels"
+        kind = "" if self.pyramid == "fpn" else f"{self.pyramid} "
+        return f"{kind}pyramid of {self.fpn_channels} channels"
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-ready values; :meth:`from_dict` gives it back unchanged."""
@@ -163,6 +234,9 @@ class ModelSpec:
             raise
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise SpecError(f"the model specification has a value of the wrong form: {error}") from None
+
+
+OBJECT = Category(id=1, name="object")  # the one category of an RPN alone
 
 
 def numbered_categories(count: int) -> tuple[Category, ...]:
@@ -230,6 +304,12 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is not true or false")
+    return value
+
+
 _CONVERT: dict[str, Any] = {
     "categories": _categories,
     "image_mean": _floats,
@@ -241,4 +321,4 @@ _CONVERT: dict[str, Any] = {
     "bbox_reg_weights": _floats,
     "box_roi_pool": lambda values: RoIPoolSpec(**_known_keys(RoIPoolSpec, values)),
 }
-_CONVERT_SCALAR: dict[str, Any] = {"int": _integer, "float": _finite, "str": str}
+_CONVERT_SCALAR: dict[str, Any] = {"int": _integer, "float": _finite, "str": str, "bool": _truth}

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import onnxruntime as ort
-from filelock import FileLock, Timeout
 from onnx import ModelProto
 
 import fpn_engine
 from fpn_engine.backends.ort import PROVIDERS, session_options
 from fpn_engine.errors import FpnEngineError, ModelError, PlanError
-from fpn_engine.files import cache_folder, remove_stale, unusable_cache
+from fpn_engine.files import remove_stale, unusable_cache
+from fpn_engine.locks import alone_on
 from fpn_engine.plan import FORMAT_VERSION, Manifest, read_plan, write_plan
 from fpn_engine.spec import ModelSpec
 from fpn_export.onnx_cut import cut_head, cut_trunk
@@ -37,12 +37,18 @@ class Built(NamedTuple):
 
 
 def build_plan(
-    model_path: Path, plan_path: Path, *, force: bool = False, on_progress: Callable[[str], None] = lambda step: None
+    model_path: Path,
+    plan_path: Path,
+    *,
+    force: bool = False,
+    source: str | None = None,
+    on_progress: Callable[[str], None] = lambda step: None,
 ) -> Built:
     """Cut, optimise and write the plan for an ONNX file.
 
     A sound plan already there with the same build key (the file's digest, the options and the versions) is left as it
-    is. Builds of one plan wait for each other; an interrupted build leaves the old plan or none.
+    is. Builds of one plan wait for each other; an interrupted build leaves the old plan or none. ``source`` is what
+    the plan says it was built from, instead of the file's name.
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
@@ -53,7 +59,7 @@ def build_plan(
     with _alone(plan_path, on_progress) as work:
         on_progress("read")
         data = read_bytes(model_path)
-        key = _build_key(hashlib.sha256(data).hexdigest())
+        key = build_key(hashlib.sha256(data).hexdigest())
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
         model, spec = parse_onnx(model_path, data)
@@ -70,7 +76,7 @@ def build_plan(
             device="cpu",
             versions=_versions(),
             build_key=key,
-            source=model_path.name,
+            source=source or model_path.name,
         )
         return Built(plan_path, write_plan(plan_path, manifest, parts), cached=False)
 
@@ -79,7 +85,8 @@ def _versions() -> dict[str, str]:
     return {"fpn-engine": fpn_engine.__version__, "onnxruntime": ort.__version__}
 
 
-def _build_key(digest: str) -> str:
+def build_key(digest: str) -> str:
+    """Digest of all that goes into a build: the ``digest`` of the file it begins with, the options and the versions."""
     inputs = {"onnx": digest, "backend": BACKEND, "precision": PRECISION, "format": FORMAT_VERSION, **_versions()}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -96,26 +103,13 @@ def _existing(path: Path, key: str) -> Manifest | None:
 @contextlib.contextmanager
 def _alone(plan_path: Path, on_progress: Callable[[str], None]) -> Iterator[Path]:
     """Hold the lock on ``plan_path`` and yield an empty working folder; what a killed holder left is removed."""
-    folder = cache_folder() / "builds"
-    name = hashlib.sha256(os.fsencode(os.path.realpath(plan_path))).hexdigest()[:16]
-    work = folder / name
-    lock = FileLock(folder / f"{name}.lock")
-    try:
-        folder.mkdir(exist_ok=True)
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            on_progress("wait for another build of this plan")
-            held = lock.acquire()
-    except OSError as error:
-        raise unusable_cache(folder, error) from None
-    with held:
+    with alone_on(plan_path, "builds", lambda: on_progress("wait for another build of this plan")) as work:
         remove_stale(plan_path)
         try:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
         except OSError as error:
-            raise unusable_cache(folder, error) from None
+            raise unusable_cache(work.parent, error) from None
         try:
             yield work
         finally:
@@ -124,7 +118,8 @@ def _alone(plan_path: Path, on_progress: Callable[[str], None]) -> Iterator[Path
 
 def _cut(path: Path, model: ModelProto, spec: ModelSpec) -> dict[str, ModelProto]:
     try:
-        return {"trunk": cut_trunk(model, spec), "head": cut_head(model, spec)}
+        trunk = {"trunk": cut_trunk(model, spec)}
+        return trunk | {"head": cut_head(model, spec)} if spec.has_box_head else trunk
     except (ModelError, ValueError) as error:  # onnx raises ValueError for a graph that hangs together badly
         raise ModelError(f"cannot cut {path}: {error}") from None
 

@@ -15,11 +15,13 @@ from fpn_engine.errors import CheckpointError, SpecError
 from fpn_engine.spec import ModelSpec
 from fpn_export.assumptions import complete_spec, merge_values
 from fpn_export.checkpoint_file import CheckpointFile, read_checkpoint
-from fpn_export.detector import FasterRCNN, FastRCNN
+from fpn_export.detector import FpnDetector, make_detector
+from fpn_export.detector_shape import DetectorShape, infer_shape
 from fpn_export.published import find_published
 from fpn_export.sidecar import Sidecar, read_sidecar
-from fpn_export.state_dict import DetectorShape, check_fit, drop_extra_branches, infer_shape, normalize_names
+from fpn_export.state_dict import check_fit, drop_extra_branches, normalize_names
 
+KINDS = {"faster_rcnn": "a Faster R-CNN", "fast_rcnn": "a Fast R-CNN", "rpn": "an RPN"}
 DIGEST_SHOWN = 16  # hex digits of the SHA-256 in ModelSpec.source
 
 
@@ -35,7 +37,7 @@ class LoadedCheckpoint:
         sha256: digest of the file, 64 hex digits.
     """
 
-    model: FasterRCNN | FastRCNN
+    model: FpnDetector
     spec: ModelSpec
     assumptions: list[str]
     shape: DetectorShape
@@ -48,7 +50,7 @@ def load_checkpoint(
     spec_overrides: Mapping[str, Any] | None = None,
     spec_path: str | Path | None = None,
 ) -> LoadedCheckpoint:
-    """Load a Fast or Faster R-CNN on a ResNet pyramid, named as torchvision names it.
+    """Load a Fast or Faster R-CNN or an RPN on a ResNet, named as torchvision names it.
 
     Architecture, widths and counts come from the tensors' shapes. What they do not show comes from
     ``spec_overrides``, else from the JSON file, else from ModelSpec's defaults, which are torchvision's;
@@ -75,9 +77,10 @@ def load_checkpoint(
         state, branches = drop_extra_branches(normalize_names(file.tensors))
         shape = infer_shape(state)
         spec, assumptions = complete_spec(shape, stated)
-        if spec.model == "fast_rcnn" and shape.num_anchors:
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("rpn.")}
-            branches.append("rpn")
+        for branch, wanted in (("rpn", spec.has_rpn), ("roi_heads", spec.has_box_head)):
+            if not wanted and any(name.startswith(f"{branch}.") for name in state):
+                state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{branch}.")}
+                branches.append(branch)
         model = _build_model(spec, shape, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -86,7 +89,7 @@ def load_checkpoint(
         raise SpecError(f"{where}: {error}") from None
     if published:
         assumptions = []
-    assumptions += [f"left out the {branch} branch, which a {spec.model} does not have" for branch in branches]
+    assumptions += [f"left out the {branch} branch, which {KINDS[spec.model]} does not have" for branch in branches]
     return LoadedCheckpoint(model=model, spec=spec, assumptions=assumptions, shape=shape, sha256=file.sha256)
 
 
@@ -105,7 +108,8 @@ def describe_checkpoint(path: str | Path) -> dict[str, Any]:
         "sha256": loaded.sha256,
         "model": spec.model,
         "arch": spec.arch,
-        "fpn_channels": spec.fpn_channels,
+        "pyramid": spec.pyramid,
+        "fpn_channels": spec.feature_channels,
         "representation_size": shape.representation_size,
         "rpn_depth": shape.rpn_depth,
         "categories": [category.name for category in spec.categories],
@@ -130,15 +134,11 @@ def _check_digest(file: CheckpointFile, sidecar: Sidecar | None) -> None:
         )
 
 
-def _build_model(spec: ModelSpec, shape: DetectorShape, state: Mapping[str, Tensor]) -> FasterRCNN | FastRCNN:
+def _build_model(spec: ModelSpec, shape: DetectorShape, state: Mapping[str, Tensor]) -> FpnDetector:
     state = {name: _to_fp32(tensor) for name, tensor in state.items()}
-    model: FasterRCNN | FastRCNN
     with torch.device("meta"):  # shapes only: nothing is allocated or drawn before the file is known to fit
-        if spec.model == "fast_rcnn":
-            model = FastRCNN(spec, representation_size=shape.representation_size)
-        else:
-            model = FasterRCNN(spec, representation_size=shape.representation_size, rpn_depth=shape.rpn_depth)
-    check_fit(state, model)
+        model = make_detector(spec, representation_size=shape.representation_size, rpn_depth=shape.rpn_depth)
+    check_fit(state, model, KINDS[spec.model])
     model.load_state_dict(state, assign=True)
     return model.eval()
 

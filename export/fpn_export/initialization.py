@@ -8,12 +8,14 @@ from torch import nn
 
 # He et al. 2015 for what ReLU follows in the ResNet; Xavier-like uniform (a = 1) for the pyramid and the
 # hidden layers, as Detectron; Gaussians for the RPN and the predictors (Girshick 2015, sec. 3.1).
+_HE = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 _XAVIER = partial(nn.init.kaiming_uniform_, a=1)
 RULES = {
-    "backbone.body": partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
+    "backbone.body": _HE,
     "backbone.fpn": _XAVIER,
     "rpn.head": partial(nn.init.normal_, std=0.01),
-    "roi_heads.box_head": _XAVIER,
+    "roi_heads.box_head.fc": _XAVIER,
+    "roi_heads.box_head.layer4": _HE,
     "roi_heads.box_predictor.cls_score": partial(nn.init.normal_, std=0.01),
     "roi_heads.box_predictor.bbox_pred": partial(nn.init.normal_, std=0.001),
 }

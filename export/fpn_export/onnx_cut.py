@@ -13,13 +13,16 @@ from fpn_export.onnx_graph import tensor_info
 
 
 def cut_trunk(model: ModelProto, spec: ModelSpec) -> ModelProto:
-    """``image`` (N, 3, H, W) to the RoI levels, objectness and deltas, each transposed to NHWC.
+    """``image`` (N, 3, H, W) to the levels up to the last of RoIs, objectness and deltas, each transposed to NHWC.
 
     NHWC is what RoIAlign reads row by row and the order (y, x, anchor) of the selection; ONNX Runtime folds the
     transposes into the layout change that it makes anyway.
     """
-    names = [f"p{level}" for level in spec.roi_levels]
-    names += [f"{kind}_p{level}" for kind in ("objectness", "deltas") for level in spec.levels]
+    names: list[str] = []
+    if spec.has_box_head:
+        names += spec.level_names[: spec.levels.index(spec.roi_levels[-1]) + 1]
+    if spec.has_rpn:
+        names += [f"{kind}_{level}" for kind in ("objectness", "deltas") for level in spec.level_names]
     trunk = _extract(model, ["image"], names)
     shapes = {output.name: output.type.tensor_type for output in trunk.graph.output}
     del trunk.graph.output[:]
@@ -38,7 +41,7 @@ def cut_head(model: ModelProto, spec: ModelSpec) -> ModelProto:
     any other head gets a transpose in front.
     """
     head = _extract(model, ["roi_features"], ["class_logits", "box_deltas"])
-    size, channels = spec.box_roi_pool.output_size, spec.fpn_channels
+    size, channels = spec.box_roi_pool.output_size, spec.feature_channels
     rows = tensor_info("roi_rows", TensorProto.FLOAT, ("rois", size * size * channels))
     if not _permute_first_gemm(head, channels, size):
         _transpose_in_front(head, channels, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import fpn_engine
 from fpn_engine.errors import ModelError
-from fpn_engine.spec import ModelSpec
+from fpn_engine.spec import FINEST_STAGE, ModelSpec
 from fpn_export.batch_norm import fold_batch_norm
-from fpn_export.detector import FasterRCNN, FpnDetector
-from fpn_export.onnx_detections import add_detections, add_roi_align, add_status
+from fpn_export.detector import DETECTORS, FpnDetector
+from fpn_export.onnx_detections import add_detections, add_proposal_detections, add_status
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
 from fpn_export.onnx_proposals import add_proposals, box_limits
+from fpn_export.onnx_roi_features import add_roi_features, mark_given, mark_proposed
 
 OPSET = 20
 IR_VERSION = 10  # what ONNX Runtime 1.22 and later read; onnx itself would write a newer one
@@ -34,18 +35,19 @@ OVERRIDABLE = ("rpn_nms_thresh", "rpn_score_thresh", "box_score_thresh", "box_nm
 class _TrunkModule(nn.Module):
     """The trunk with every named tensor as an output."""
 
-    def __init__(self, model: FasterRCNN) -> None:
+    def __init__(self, model: FpnDetector) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         stages, levels = self.model.pyramid(image)
-        answers = [self.model.rpn["head"](level) for level in levels]
-        return (*stages, *levels, *(objectness for objectness, _ in answers), *(deltas for _, deltas in answers))
+        objectness, deltas = self.model.answer(levels)
+        named = levels if self.model.spec.pyramid != "none" else ()  # the one level is a stage
+        return (*stages, *named, *objectness, *deltas)
 
 
 class _HeadModule(nn.Module):
-    def __init__(self, model: FasterRCNN) -> None:
+    def __init__(self, model: FpnDetector) -> None:
         super().__init__()
         self.model = model
 
@@ -55,26 +57,29 @@ class _HeadModule(nn.Module):
 
 def trunk_outputs(spec: ModelSpec) -> list[str]:
     """Names of the trunk's tensors in the file: c2..c5, p2.., objectness_p2.., deltas_p2..."""
-    levels = [f"p{level}" for level in spec.levels]
-    stages = [f"c{stage}" for stage in range(2, 6)]
-    return stages + levels + [f"objectness_{level}" for level in levels] + [f"deltas_{level}" for level in levels]
+    names = [f"c{stage}" for stage in range(FINEST_STAGE, spec.coarsest_stage + 1)]
+    names += [level for level in spec.level_names if level not in names]
+    kinds = ("objectness", "deltas") if spec.has_rpn else ()
+    return names + [f"{kind}_{level}" for kind in kinds for level in spec.level_names]
 
 
 def export_onnx(
     model: FpnDetector, spec: ModelSpec, *, on_progress: Callable[[str], None] = lambda step: None
 ) -> ModelProto:
-    """Export a Faster R-CNN as one self-contained ONNX model: opset 20, IR 10.
+    """Export a detector as one self-contained ONNX model: opset 20, IR 10.
 
     Inputs: ``image`` (N, 3, H, W) float32, normalised and padded to multiples of 32; ``image_sizes`` (N, 2) int64,
-    resized height and width before padding. Outputs, with D = box_detections_per_img: ``boxes`` (N, D, 4) float32 in
-    pixels of the resized image, ``scores`` (N, D) float32, ``labels`` (N, D) int64 from 1, ``counts`` (N,) int64 and
-    ``status`` (N,) int64 (0 ok, 1 non-finite). The initializers in ``OVERRIDABLE`` are optional inputs too.
-    The spec is in ``metadata_props`` under ``fpn_engine.spec``.
+    resized height and width before padding. A Fast R-CNN takes ``proposals`` too, (N, R, 4) float32 in pixels of the
+    resized image with R at least 1, and ``proposal_counts`` (N,) int64, how many are real. Outputs, with
+    D = box_detections_per_img: ``boxes`` (N, D, 4) float32 in pixels of the resized image, ``scores`` (N, D) float32,
+    ``labels`` (N, D) int64 from 1, ``counts`` (N,) int64 and ``status`` (N,) int64 (0 ok, 1 non-finite). The
+    initializers in ``OVERRIDABLE`` that it has are optional inputs too. The spec is in ``metadata_props`` under
+    ``fpn_engine.spec``.
 
-    Raises: ModelError for a model without an RPN, or if the file does not pass ONNX's checker.
+    Raises: ModelError for a model of another kind than ``spec.model``, or if the file does not pass ONNX's checker.
     """
-    if not isinstance(model, FasterRCNN):
-        raise ModelError("only Faster R-CNN can be exported; Fast R-CNN on given proposals runs in PyTorch for now")
+    if not isinstance(model, DETECTORS[spec.model]):
+        raise ModelError(f"the model is a {type(model).__name__}, but its specification says {spec.model}")
     folded = fold_batch_norm(model)
     on_progress("trunk")
     batch = torch.export.Dim("batch", max=MAX_BATCH)
@@ -86,18 +91,21 @@ def export_onnx(
         trunk_outputs(spec),
         {"image": {0: batch, 2: 32 * h, 3: 32 * w}},
     )
-    on_progress("box head")
-    size = spec.box_roi_pool.output_size
-    head = _export_part(
-        _HeadModule(folded),
-        torch.zeros(2, spec.fpn_channels, size, size),
-        "roi_features",
-        ["class_logits", "box_deltas"],
-        {"roi_features": {0: torch.export.Dim("rois")}},
-    )
-    on_progress("proposals and detections")
     _upsample_by_two(trunk)
-    joined = _join(_rename(trunk, "trunk/"), _rename(head, "head/"), spec)
+    parts = [_rename(trunk, "trunk/")]
+    if spec.has_box_head:
+        on_progress("box head")
+        size = spec.box_roi_pool.output_size
+        head = _export_part(
+            _HeadModule(folded),
+            torch.zeros(2, spec.feature_channels, size, size),
+            "roi_features",
+            ["class_logits", "box_deltas"],
+            {"roi_features": {0: torch.export.Dim("rois")}},
+        )
+        parts.append(_rename(head, "head/"))
+    on_progress("proposals and detections")
+    joined = _join(parts, spec)
     try:
         onnx.checker.check_model(joined, full_check=True)
     except Exception as error:
@@ -136,11 +144,13 @@ def _upsample_by_two(trunk: ModelProto) -> None:
 
     Sides are multiples of 32, so each level is exactly twice the next; runtimes fuse a constant scale.
     """
+    upsamplings = [node for node in trunk.graph.node if node.op_type == "Resize"]
+    if not upsamplings:
+        return
     scales = numpy_helper.from_array(np.array([1, 1, 2, 2], dtype=np.float32), "upsample_scales")
     trunk.graph.initializer.append(scales)
-    for node in trunk.graph.node:
-        if node.op_type == "Resize":
-            node.input[:] = [node.input[0], "", scales.name]
+    for node in upsamplings:
+        node.input[:] = [node.input[0], "", scales.name]
     needed = {value.name for value in trunk.graph.output}
     for node in reversed(list(trunk.graph.node)):  # the sizes' computation is dead now
         if needed.isdisjoint(node.output):
@@ -169,18 +179,26 @@ def _rename(model: ModelProto, prefix: str) -> ModelProto:
     return model
 
 
-def _join(trunk: ModelProto, head: ModelProto, spec: ModelSpec) -> ModelProto:
+def _join(parts: Sequence[ModelProto], spec: ModelSpec) -> ModelProto:
+    """Trunk and box head, as far as they are there, with all that lies between them and behind."""
     first, second = OnnxGraph("proposal_"), OnnxGraph("detection_")
     limits = box_limits(first, "image_sizes")
-    add_proposals(first, spec, limits)
-    add_roi_align(first, spec)
-    add_detections(second, spec, limits)
+    if spec.has_rpn:
+        add_proposals(first, spec, limits)
+    if spec.has_box_head:
+        add_roi_features(first, spec, mark_proposed(first) if spec.has_rpn else mark_given(first))
+        add_detections(second, spec, limits)
+    else:
+        add_proposal_detections(second, spec)
     add_status(second, spec)
 
     inputs = [
         tensor_info("image", TensorProto.FLOAT, ("batch", 3, "height", "width")),
         tensor_info("image_sizes", TensorProto.INT64, ("batch", 2)),
     ]
+    if not spec.has_rpn:
+        inputs.append(tensor_info("proposals", TensorProto.FLOAT, ("batch", "num_proposals", 4)))
+        inputs.append(tensor_info("proposal_counts", TensorProto.INT64, ("batch",)))
     d = "detections"
     outputs = [
         tensor_info("boxes", TensorProto.FLOAT, ("batch", d, 4)),
@@ -189,11 +207,12 @@ def _join(trunk: ModelProto, head: ModelProto, spec: ModelSpec) -> ModelProto:
         tensor_info("counts", TensorProto.INT64, ("batch",)),
         tensor_info("status", TensorProto.INT64, ("batch",)),
     ]
-    initializers = [*trunk.graph.initializer, *head.graph.initializer, *first.initializers, *second.initializers]
+    neural = [tensor for part in parts for tensor in part.graph.initializer]
+    initializers = [*neural, *first.initializers, *second.initializers]
     overridable = {t.name: t for t in initializers if t.name in OVERRIDABLE}
     inputs += [tensor_info(name, t.data_type, tuple(t.dims)) for name, t in overridable.items()]
     graph = helper.make_graph(
-        [*trunk.graph.node, *first.nodes, *head.graph.node, *second.nodes],
+        [*parts[0].graph.node, *first.nodes, *(node for part in parts[1:] for node in part.graph.node), *second.nodes],
         "fpn_detector",
         inputs,
         outputs,

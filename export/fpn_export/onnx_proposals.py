@@ -22,9 +22,9 @@ def add_proposals(g: OnnxGraph, spec: ModelSpec, limits: str) -> None:
     iou = g.const(spec.rpn_nms_thresh, np.float32, "rpn_nms_thresh")
     threshold = g.const(spec.rpn_score_thresh, np.float32, "rpn_score_thresh")
     boxes, scores = [], []
-    for level, sizes in zip(spec.levels, spec.anchor_sizes, strict=True):
+    for level, sizes in zip(spec.level_names, spec.anchor_sizes, strict=True):
         base = make_base_anchors(sizes, spec.aspect_ratios).numpy()
-        level_boxes, level_scores = _decode_level(g, spec, f"p{level}", base, limits, threshold)
+        level_boxes, level_scores = _decode_level(g, spec, level, base, limits, threshold)
         boxes.append(level_boxes)
         scores.append(suppress(g, level_boxes, level_scores, iou))
     all_boxes, all_scores = g.op("Concat", *boxes, axis=1), g.op("Concat", *scores, axis=1)

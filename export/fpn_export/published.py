@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpn_engine.errors import CheckpointError
+from fpn_engine.named import MODELS
 from fpn_engine.spec import Category
 from fpn_export.coco_categories import COCO_CATEGORIES
 
@@ -28,14 +29,15 @@ class Published:
         return {"categories": [dataclasses.asdict(c) for c in self.categories], "batch_norm_eps": 0.0}
 
 
-PUBLISHED = (
-    Published(name="fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", digest="258fb6c6", categories=COCO_CATEGORIES),
-    Published(name="maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth", digest="bf2d0c1e", categories=COCO_CATEGORIES),
-    Published(
-        name="keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
-        digest="fc266e95",
-        categories=COCO_CATEGORIES[:1],  # person
-    ),
+CATEGORIES = {
+    "coco": COCO_CATEGORIES,
+    "coco-mask": COCO_CATEGORIES,
+    "coco-person": COCO_CATEGORIES[:1],
+}
+PUBLISHED = tuple(
+    Published(name=model.file_name, digest=model.digest, categories=CATEGORIES[model.name])
+    for model in MODELS
+    if model.file_name
 )
 
 

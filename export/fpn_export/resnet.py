@@ -9,8 +9,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STEM_CHANNELS = 64
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
@@ -62,46 +60,49 @@ STAGES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 }
 
 
+def stage_widths(width: int) -> list[int]:
+    """Widths of the 3x3 convolutions in the four stages of a body of ``width``."""
+    return [width * 2**i for i in range(4)]
+
+
 class ResNet(nn.Module):
-    """The convolutional part of a ResNet; ``out_channels`` gives the channels of c2..c5.
+    """The convolutional part of a ResNet up to a stage; ``out_channels`` gives the channels of c2...
 
     Args:
         arch: a key of ``STAGES``.
         eps: added to the variance by every batch norm.
+        width: channels of the stem and of the first stage's 3x3 convolutions; 64 in He et al.
+        coarsest_stage: the last stage there is, 2..5.
     """
 
-    def __init__(self, arch: str, eps: float = 1e-5) -> None:
+    def __init__(self, arch: str, eps: float = 1e-5, width: int = 64, coarsest_stage: int = 5) -> None:
         super().__init__()
-        block, depths = STAGES[arch]
-        widths = [STEM_CHANNELS * 2**i for i in range(4)]
-        self.out_channels = tuple(width * block.expansion for width in widths)
-        self.conv1 = nn.Conv2d(3, STEM_CHANNELS, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS, eps)
-        self.layer1 = _make_stage(block, STEM_CHANNELS, widths[0], depths[0], 1, eps)
-        self.layer2 = _make_stage(block, self.out_channels[0], widths[1], depths[1], 2, eps)
-        self.layer3 = _make_stage(block, self.out_channels[1], widths[2], depths[2], 2, eps)
-        self.layer4 = _make_stage(block, self.out_channels[2], widths[3], depths[3], 2, eps)
+        stages = range(1, coarsest_stage)  # layer1 makes c2
+        self.stage_names = tuple(f"layer{stage}" for stage in stages)
+        self.out_channels = tuple(w * STAGES[arch][0].expansion for w in stage_widths(width)[: len(stages)])
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width, eps)
+        for stage, name in zip(stages, self.stage_names, strict=True):
+            self.add_module(name, make_stage(arch, stage, eps, width))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(N, 3, H, W) images to c2..c5 with strides 4, 8, 16, 32."""
-        stem = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), kernel_size=3, stride=2, padding=1)
-        c2 = self.layer1(stem)
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        c5 = self.layer4(c4)
-        return c2, c3, c4, c5
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(N, 3, H, W) images to c2.. with strides 4, 8, 16, 32."""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), kernel_size=3, stride=2, padding=1)
+        maps = []
+        for name in self.stage_names:
+            x = self.get_submodule(name)(x)
+            maps.append(x)
+        return tuple(maps)
 
 
-def _make_stage(
-    block: type[BasicBlock] | type[Bottleneck],
-    in_channels: int,
-    width: int,
-    depth: int,
-    stride: int,
-    eps: float,
-) -> nn.Sequential:
-    first = block(in_channels, width, stride, eps)
-    return nn.Sequential(first, *(block(width * block.expansion, width, 1, eps) for _ in range(depth - 1)))
+def make_stage(arch: str, stage: int, eps: float, width: int) -> nn.Sequential:
+    """``layer1`` .. ``layer4`` by number: the blocks that make c2 .. c5, of stride 1, 2, 2, 2."""
+    block, depths = STAGES[arch]
+    widths = stage_widths(width)
+    in_channels = width if stage == 1 else widths[stage - 2] * block.expansion
+    w = widths[stage - 1]
+    first = block(in_channels, w, 1 if stage == 1 else 2, eps)
+    return nn.Sequential(first, *(block(w * block.expansion, w, 1, eps) for _ in range(depths[stage - 1] - 1)))
 
 
 def _make_shortcut(in_channels: int, out_channels: int, stride: int, eps: float) -> nn.Sequential | None:

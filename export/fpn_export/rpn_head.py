@@ -1,8 +1,12 @@
-"""RPN head, shared by all levels of the pyramid (Lin et al. 2017, sec. 4.1; Ren et al. 2015, sec. 3.1)."""
+"""RPN head, shared by all levels or one for each (Lin et al. 2017, sec. 4.1; Ren et al. 2015, sec. 3.1)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+
+from fpn_engine.spec import ModelSpec
 
 
 class RPNHead(nn.Module):
@@ -26,3 +30,17 @@ class RPNHead(nn.Module):
         """One level (N, d, H, W) to objectness logits (N, A, H, W) and deltas (N, 4A, H, W)."""
         hidden = self.conv(level)
         return self.cls_logits(hidden), self.bbox_pred(hidden)
+
+
+def make_rpn_head(spec: ModelSpec, depth: int) -> RPNHead | nn.ModuleList:
+    """The RPN head of a spec, or a list with one for each level, finest first; each of ``depth`` 3x3 convolutions."""
+    if spec.rpn_head_shared:
+        return RPNHead(spec.feature_channels, spec.num_anchors, depth)
+    return nn.ModuleList(RPNHead(spec.feature_channels, spec.num_anchors, depth) for _ in spec.levels)
+
+
+def answer_levels(head: nn.Module, levels: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Objectness and deltas of each level by what :func:`make_rpn_head` made."""
+    heads = head if isinstance(head, nn.ModuleList) else [head] * len(levels)
+    objectness, deltas = zip(*(one(level) for one, level in zip(heads, levels, strict=True)), strict=True)
+    return objectness, deltas

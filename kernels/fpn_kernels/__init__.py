@@ -6,9 +6,11 @@ beside it; a score of -inf marks an empty slot.
 
 from fpn_kernels.candidates import candidate_capacity, select_candidates
 from fpn_kernels.decode import clip_boxes, decode_boxes, decode_proposals, make_base_anchors
+from fpn_kernels.levels import assign_levels
 from fpn_kernels.nms import batched_nms, nms, padded_nms
 from fpn_kernels.preprocess import PackedImages, pack_images, preprocess
-from fpn_kernels.roi_align import assign_levels, multilevel_roi_align, roi_align
+from fpn_kernels.roi_align import multilevel_roi_align, roi_align
+from fpn_kernels.roi_pool import multilevel_roi_pool, roi_pool
 from fpn_kernels.selection import select_topk, stable_topk
 from fpn_kernels.topdown import topdown_merge
 
@@ -22,11 +24,13 @@ __all__ = [
     "decode_proposals",
     "make_base_anchors",
     "multilevel_roi_align",
+    "multilevel_roi_pool",
     "nms",
     "pack_images",
     "padded_nms",
     "preprocess",
     "roi_align",
+    "roi_pool",
     "select_candidates",
     "select_topk",
     "stable_topk",

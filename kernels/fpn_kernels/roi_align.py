@@ -1,4 +1,4 @@
-"""Multi-level RoIAlign (Lin et al. 2017, sec. 4.2, eq. 1; He et al. 2017, sec. 3)."""
+"""Multi-level RoIAlign (Lin et al. 2017, sec. 4.2; He et al. 2017, sec. 3)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels.checks import FLOATS, require, require_device, require_dtype, require_shape
+from fpn_kernels.checks import require
+from fpn_kernels.levels import check_pooling, number_boxes, pool_by_level
 
 # Adaptive sampling takes ceil(RoI side / output_size) samples per bin and axis; a box far larger than any image would
 # ask for unbounded work, so the grid stops here: enough for a RoI of 128 * 7 = 896 cells, 3584 pixels on P2.
 MAX_GRID = 128
 TAPS = 1 << 22  # bilinear taps of adaptively sampled RoIs laid out at a time: about 100 MB of temporaries
-# eq. 1 takes the floor; a box of exactly canonical_size must not fall a level by rounding.
-LEVEL_EPS = 1e-6
-
-
-def assign_levels(
-    boxes: Tensor, min_level: int, max_level: int, canonical_level: int = 4, canonical_size: float = 224
-) -> Tensor:
-    """The pyramid level of each box, eq. 1: floor(k0 + log2(sqrt(w h) / 224) + 1e-6), clamped.
-
-    Args: boxes: (..., 4) float32 in pixels of the network's input. Returns: (...) int64, min_level..max_level.
-    """
-    sides = boxes[..., 2:] - boxes[..., :2]
-    size = (sides[..., 0] * sides[..., 1]).sqrt()
-    level = (canonical_level + torch.log2(size / canonical_size) + LEVEL_EPS).floor()
-    return level.nan_to_num(min_level).clamp(min_level, max_level).to(torch.int64)
 
 
 def _axis_taps(start: Tensor, size: Tensor, bins: int, grid: int, length: int) -> tuple[Tensor, Tensor]:
@@ -112,22 +98,12 @@ def multilevel_roi_align_reference(
     canonical_level: int,
     canonical_size: float,
 ) -> Tensor:
-    n, c = features[0].shape[:2]
-    valid = rois.isfinite().all(dim=1)
-    if counts is not None:
-        slots = len(rois) // max(n, 1)
-        valid &= (torch.arange(slots, device=rois.device) < counts[:, None]).view(-1)
-    if bool((((rois[:, 0] < 0) | (rois[:, 0] >= n)) & valid).any()):
-        raise ValueError(f"rois name an image outside the batch of {n}")
-    levels = assign_levels(rois[:, 1:], min_level, min_level + len(features) - 1, canonical_level, canonical_size)
-    out = features[0].new_empty(len(rois), output_size, output_size, c)
-    out[~valid] = 0
-    for level, (feature, stride) in enumerate(zip(features, strides, strict=True), start=min_level):
-        chosen = ((levels == level) & valid).nonzero()[:, 0]
-        if len(chosen):
-            pooled = _pool_level(feature, rois[chosen], output_size, stride, sampling_ratio, aligned)
-            out.index_copy_(0, chosen, pooled)
-    return out.permute(0, 3, 1, 2)
+    def pool_level(feature: Tensor, chosen: Tensor, stride: float) -> Tensor:
+        return _pool_level(feature, chosen, output_size, stride, sampling_ratio, aligned)
+
+    return pool_by_level(
+        pool_level, features, rois, counts, output_size, strides, min_level, canonical_level, canonical_size
+    )
 
 
 def multilevel_roi_align(
@@ -162,22 +138,7 @@ def multilevel_roi_align(
     Raises: ValueError if shape or dtype differ from the above, or (on the CPU) for a batch index outside the batch;
         kernels mask such RoIs.
     """
-    require(len(features) >= 1, "features must hold at least one level")
-    require(len(features) == len(strides), f"need one stride per level, not {len(strides)} for {len(features)}")
-    require(features[0].ndim == 4, f"features must have shape (N, C, H, W), not {tuple(features[0].shape)}")
-    n, c = features[0].shape[:2]
-    for level in features:
-        require_shape("features", level, n, c, None, None)
-        require_dtype("features", level, *FLOATS)
-        require_dtype("features", level, features[0].dtype)
-        require(level.shape[2] * level.shape[3] > 0, f"features must have cells, not shape {tuple(level.shape)}")
-    require_shape("rois", rois, None, 5)
-    require_dtype("rois", rois, torch.float32)
-    require_device(features=features[0], rois=rois)
-    if counts is not None:
-        require_shape("counts", counts, n)
-        require(len(rois) == len(rois) // max(n, 1) * n, f"{len(rois)} rois do not divide among {n} images")
-    require(output_size >= 1, f"output_size must be at least 1, not {output_size}")
+    check_pooling(features, rois, counts, output_size, strides)
     require(sampling_ratio >= 0, f"sampling_ratio must be 0 (adaptive) or more, not {sampling_ratio}")
     return multilevel_roi_align_reference(
         features,
@@ -208,12 +169,9 @@ def roi_align(
         spatial_scale: cells per pixel. The rest as :func:`multilevel_roi_align`; sampling_ratio < 0 is adaptive too.
     Returns: (R, C, output_size, output_size).
     """
-    if not isinstance(boxes, Tensor):
-        numbered = [F.pad(box.to(torch.float32), (1, 0), value=float(n)) for n, box in enumerate(boxes)]
-        boxes = torch.cat(numbered) if numbered else input.new_zeros(0, 5, dtype=torch.float32)
     return multilevel_roi_align(
         [input],
-        boxes,
+        number_boxes(input, boxes),
         output_size=output_size,
         strides=[1.0 / spatial_scale],
         sampling_ratio=max(sampling_ratio, 0),

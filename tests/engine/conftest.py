@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +17,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
+from safetensors.torch import save_file
 
 from fpn_engine.cli import main
 from fpn_engine.engine import Engine
 from fpn_engine.spec import Category, ModelSpec
+from fpn_export import bundled as bundled_module
 from fpn_export.build import build_plan
+from fpn_export.cached_plan import make_cached
 from fpn_export.detector import FasterRCNN
 from fpn_export.onnx_export import export_onnx
 from tests.threads import one_thread
@@ -80,6 +84,51 @@ def broken_plan(tiny: Tiny) -> Path:
 @pytest.fixture(scope="session")
 def engine(tiny: Tiny) -> Engine:
     return Engine.load(tiny.plan)
+
+
+class Bundled(NamedTuple):
+    """The tiny detector as a bundled model: its checkpoint, and the plan that first use leaves in the cache."""
+
+    checkpoint: Path
+    plan: Path
+
+
+@pytest.fixture(scope="session")
+def stand_in(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundled:
+    folder = tmp_path_factory.mktemp("bundled")
+    checkpoint = folder / "models" / "demo.safetensors"
+    checkpoint.parent.mkdir()
+    state = torch.load(tiny.checkpoint, weights_only=True)
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    save_file(halves, checkpoint)
+    checkpoint.with_suffix(".json").write_text(json.dumps({"spec": SPEC.to_dict()}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FPN_ENGINE_CACHE", str(folder / "cache"))
+        patch.setattr(bundled_module, "CHECKPOINT", checkpoint)
+        export_at_once(patch, tiny)
+        return Bundled(checkpoint, make_cached("demo", bundled_module.hash_bundled(), checkpoint))
+
+
+def export_at_once(patch: pytest.MonkeyPatch, tiny: Tiny) -> list[ModelSpec]:
+    """Let named models be exported as the tiny one was, which saves seconds; returns the specs they are given."""
+    specs: list[ModelSpec] = []
+
+    def export(model: object, spec: ModelSpec, **options: object) -> onnx.ModelProto:
+        specs.append(spec)
+        return onnx.load(str(tiny.model))
+
+    patch.setattr("fpn_export.cached_plan.export_onnx", export)
+    return specs
+
+
+@pytest.fixture
+def bundled(stand_in: Bundled, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Bundled:
+    """The stand-in in the place of the bundled model, after its first use."""
+    monkeypatch.setattr(bundled_module, "CHECKPOINT", stand_in.checkpoint)
+    plan = workplace.parent / "cache" / "plans" / stand_in.plan.name
+    plan.parent.mkdir(parents=True)
+    os.link(stand_in.plan, plan)
+    return Bundled(stand_in.checkpoint, plan)
 
 
 def build(model: Path, plan: Path) -> None:

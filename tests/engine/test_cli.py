@@ -10,37 +10,14 @@ from pathlib import Path
 import pytest
 
 import fpn_engine
-from fpn_engine.engine import Engine
 from fpn_engine.images import read_image
 from fpn_engine.plan import read_plan
-from tests.engine.conftest import SPEC, Pixels, Run, Tiny, save_picture
+from tests.engine.conftest import Run, Tiny, save_picture
+from tests.engine.dataset import dataset
 
-COMMANDS = ("export", "build", "infer", "eval", "info", "doctor")
+__all__ = ["dataset"]
 
-
-def annotate(path: Path, images: dict[str, tuple[Pixels, list[tuple[int, list[float]]]]]) -> None:
-    """Write COCO annotations: for each file name the picture and its (category id, corners)."""
-    listed, objects = [], []
-    for image_id, (name, (pixels, boxes)) in enumerate(images.items(), start=10):
-        height, width, _ = pixels.shape
-        listed.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for category_id, (x1, y1, x2, y2) in boxes:
-            entry = {"id": len(objects) + 1, "image_id": image_id, "category_id": category_id}
-            objects.append(entry | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
-    categories = [{"id": category.id, "name": category.name} for category in SPEC.categories]
-    path.write_text(json.dumps({"images": listed, "categories": categories, "annotations": objects}))
-
-
-@pytest.fixture
-def dataset(workplace: Path, engine: Engine) -> Path:
-    """Two images, annotated with the best detection in each."""
-    images: dict[str, tuple[Pixels, list[tuple[int, list[float]]]]] = {}
-    for number, (height, width) in enumerate([(60, 80), (90, 50)], start=1):
-        pixels = read_image(save_picture(workplace / "images" / f"{number}.png", height, width, seed=number))
-        best = next(iter(engine(pixels)[0]))
-        images[f"{number}.png"] = pixels, [(best.category.id, list(best.box))]
-    annotate(workplace / "truth.json", images)
-    return workplace / "truth.json"
+COMMANDS = ("demo", "export", "build", "infer", "eval", "train", "scenes", "info", "doctor")
 
 
 def test_help_names_the_steps_and_the_exit_codes(run: Run) -> None:
@@ -127,16 +104,6 @@ def test_eval(dataset: Path, tiny: Tiny, run: Run) -> None:
     assert numbers["AR100"] == 1
     assert 0 < numbers["AP"] <= 1
     assert set(numbers["per_class"]) == {"cat", "dog", "bird"}
-
-
-def test_eval_of_proposals(dataset: Path, tiny: Tiny, engine: Engine, run: Run) -> None:
-    pixels = read_image("images/1.png")
-    (proposals,) = engine.propose(pixels)
-    annotate(dataset, {"1.png": (pixels, [(1, box) for box in proposals.boxes[:3].tolist()])})
-    ran = run("eval", "--annotations", dataset, "--images", "images", "--plan", tiny.plan, "--proposals", "--json")
-    recall = json.loads(ran.out)
-    assert set(recall) == {"AR100", "AR1000", "AR1000s", "AR1000m", "AR1000l"}
-    assert recall["AR100"] == recall["AR1000"] == 1
 
 
 def test_eval_asks_for_the_right_images(dataset: Path, tiny: Tiny, workplace: Path, run: Run) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
 from fpn_engine.errors import CheckpointError, SpecError
-from fpn_engine.spec import Category, ModelSpec
+from fpn_engine.spec import Category, ModelSpec, numbered_categories
 from fpn_export import published
 from fpn_export.assumptions import GROUPS
 from fpn_export.checkpoint import describe_checkpoint, load_checkpoint
@@ -114,6 +114,19 @@ def test_architecture_and_widths_come_from_the_tensors(arch: str, tmp_path: Path
     assert loaded.model.spec == spec
 
 
+def test_width_of_the_body_comes_from_the_tensors(tmp_path: Path) -> None:
+    spec = ModelSpec(categories=numbered_categories(2), arch="resnet18", body_width=8, fpn_channels=16)
+    model = FasterRCNN(spec, representation_size=8)
+    assert model.backbone.body.out_channels == (8, 16, 32, 64)
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    loaded = load_checkpoint(tmp_path / "net.pth")
+    assert loaded.spec.body_width == 8
+    assert loaded.spec.levels == (2, 3, 4, 5, 6)
+    assert tuple(loaded.model.trunk(torch.zeros(1, 3, 32, 32)).features[0].shape) == (1, 16, 8, 8)
+    with pytest.raises(CheckpointError, match="body_width is 64 by its specification"):
+        load_checkpoint(tmp_path / "net.pth", spec_overrides={"body_width": 64})
+
+
 def test_fast_rcnn_is_recognised_by_its_missing_rpn(state: State, tmp_path: Path) -> None:
     torch.save({k: v for k, v in state.items() if not k.startswith("rpn.")}, tmp_path / "net.pth")
     loaded = load_checkpoint(tmp_path / "net.pth")
@@ -127,20 +140,21 @@ def test_rpn_is_left_out_on_request(state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "net.pth")
     loaded = load_checkpoint(tmp_path / "net.pth", spec_overrides={"model": "fast_rcnn"})
     assert isinstance(loaded.model, FastRCNN)
-    assert loaded.assumptions[-1] == "left out the rpn branch, which a fast_rcnn does not have"
+    assert loaded.assumptions[-1] == "left out the rpn branch, which a Fast R-CNN does not have"
 
 
 def test_mask_branch_is_left_out(state: State, tmp_path: Path) -> None:
     mask = {"roi_heads.mask_head.0.0.weight": torch.ones(1), "roi_heads.mask_predictor.x": torch.ones(1)}
     torch.save(state | mask, tmp_path / "net.pth")
     loaded = load_checkpoint(tmp_path / "net.pth")
-    assert loaded.assumptions[-1] == "left out the mask branch, which a faster_rcnn does not have"
+    assert loaded.assumptions[-1] == "left out the mask branch, which a Faster R-CNN does not have"
 
 
 def test_every_field_is_either_in_the_tensors_or_listed_when_assumed(state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "net.pth")
     loaded = load_checkpoint(tmp_path / "net.pth")
-    in_tensors = {"model", "arch", "fpn_channels", "source", "size_divisor"}
+    in_tensors = {"model", "arch", "body_width", "pyramid", "fpn_channels", "rpn_head_shared", "box_head"}
+    in_tensors |= {"source", "size_divisor"}
     listed = {name for names in GROUPS.values() for name in names} | {"categories"}
     assert listed | in_tensors == {field.name for field in dataclasses.fields(ModelSpec)}
     assert loaded.spec == dataclasses.replace(

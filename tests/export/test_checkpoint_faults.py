@@ -221,6 +221,7 @@ CATEGORIES = [{"id": i, "name": str(i)} for i in range(1, 6)]
         ({"anchor_sizes": [[32, 48], [64, 96], [128, 192], [256, 384], [512, 768]]}, "is 6 by"),
         ({"arch": "resnet34"}, "arch is resnet34"),
         ({"fpn_channels": 256}, "fpn_channels is 256"),
+        ({"body_width": 32}, "body_width is 32"),
         ({"box_roi_pool": {"output_size": 14}}, "box_roi_pool.output_size is 14"),
         ({"anchor_sizes": [[32], [64]]}, "levels p2..p3, but its tensors make p2..p6"),
         ({"anchor_sizes": [[8.0 * 2**k] for k in range(2, 8)]}, "levels p2..p7"),

@@ -19,11 +19,12 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from fpn_engine.engine import Engine
+from fpn_engine.pipeline import Proposals
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
 from fpn_export.build import build_plan
-from fpn_export.detector import FasterRCNN
+from fpn_export.detector import FasterRCNN, FpnDetector
 from fpn_export.onnx_export import export_onnx
 from fpn_kernels import pack_images, preprocess
 from tests.parity.random_detector import REPRESENTATION_SIZE, SMALL, make_random_detector
@@ -38,7 +39,7 @@ class Subject:
     """One detector; what takes seconds to make is made once, when first asked for."""
 
     spec: ModelSpec
-    model: FasterRCNN
+    model: FpnDetector
     representation_size: int
 
     @cached_property
@@ -87,14 +88,20 @@ def open_session(model: onnx.ModelProto, extra_outputs: Sequence[str] = ()) -> o
 
 
 def run_onnx(
-    session: ort.InferenceSession, image: Tensor, image_sizes: Sequence[Sequence[int]], **thresholds: Any
+    session: ort.InferenceSession,
+    image: Tensor,
+    image_sizes: Sequence[Sequence[int]],
+    given: Proposals | None = None,
+    **thresholds: Any,
 ) -> Arrays:
-    """Feed a preprocessed batch; ``thresholds`` override initializers of the file."""
+    """Feed a preprocessed batch, a Fast R-CNN its proposals too; ``thresholds`` override initializers of the file."""
     types = {
         value.name: np.int64 if "int64" in value.type else np.float32
         for value in session.get_overridable_initializers()
     }
     feeds: Arrays = {"image": image.numpy(), "image_sizes": np.array(image_sizes, dtype=np.int64).reshape(-1, 2)}
+    if given is not None:
+        feeds |= {"proposals": given.boxes.numpy(), "proposal_counts": given.counts.numpy()}
     for name, value in thresholds.items():
         feeds[name] = np.array([value] if name == "box_detections_per_img" else value, dtype=types[name])
     names = [output.name for output in session.get_outputs()]

@@ -11,9 +11,10 @@ class TrunkOutput(NamedTuple):
     """What the trunk makes of a batch (Lin et al. 2017, secs. 3 and 4.1); levels finest first.
 
     Attributes:
-        features: p2, p3, ... at least up to the last that RoIs are pooled from, each (N, C, H_l, W_l); logically
-            NCHW in any memory format, channels_last preferred.
-        objectness: logits, each (N, A, H_l, W_l).
+        features: the maps of ``ModelSpec.levels``, at least up to the last that RoIs are pooled from, each
+            (N, C, H_l, W_l); logically NCHW in any memory format, channels_last preferred. An RPN alone may leave
+            them out.
+        objectness: logits, each (N, A, H_l, W_l); none without an RPN.
         deltas: box regression, each (N, 4A, H_l, W_l); channel a * 4 + i is component i of anchor a.
     """
 

@@ -58,7 +58,7 @@ class OrtTrunk:
 
     def __init__(self, model: bytes, spec: ModelSpec, threads: int | None = None) -> None:
         self._session = open_session(model, threads)
-        self._levels = len(spec.levels)
+        self._levels = len(spec.levels) if spec.has_rpn else 0
 
     def __call__(self, images: Tensor, /) -> TrunkOutput:
         maps = tuple(level.permute(0, 3, 1, 2) for level in _run(self._session, "image", images))

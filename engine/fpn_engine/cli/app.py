@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fpn_engine.cli.build import build
+from fpn_engine.cli.demo import demo
 from fpn_engine.cli.doctor import doctor
 from fpn_engine.cli.eval import evaluate
 from fpn_engine.cli.export import export
@@ -25,12 +26,14 @@ app = typer.Typer(
     help="Run Feature Pyramid Network detectors fast.\n\n"
     "1. `fpn-engine export model.pth` turns a trained checkpoint into ONNX\n"
     "2. `fpn-engine build model.onnx` turns that into a plan for this machine\n"
-    "3. `fpn-engine infer image.jpg` detects",
+    "3. `fpn-engine infer image.jpg` detects\n\n"
+    "`fpn-engine demo` shows what comes out, with a model that is there already.",
     rich_markup_mode="markdown",
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.command(no_args_is_help=True)(export)
 app.command(no_args_is_help=True)(build)
 app.command(no_args_is_help=True, epilog=EPILOG)(infer)

@@ -1,7 +1,8 @@
-"""``fpn-engine build``: an ONNX file to a plan for this machine."""
+"""``fpn-engine build``: an ONNX file or a named model to a plan for this machine."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,19 @@ from typing import Annotated
 import typer
 
 from fpn_engine.cli.console import note, refuse_folder, steps
+from fpn_engine.cli.options import ModelOption
+from fpn_engine.cli.plans import plan_of_model
 
 
 def build(
-    model: Annotated[Path, typer.Argument(help="An ONNX file that fpn-engine export wrote.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: beside it, as .plan.")] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="An ONNX file that fpn-engine export wrote.", show_default=False),
+    ] = None,
+    model: ModelOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: beside it, as .plan; NAME.plan for a named model.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if the plan is up to date.")] = False,
 ) -> None:
     """Cut a model into trunk and box head, optimise both for this machine and write the plan.
@@ -21,20 +30,41 @@ def build(
     A plan that is up to date is left as it is. An interrupted build leaves the old plan or none.
     """
     from fpn_engine.discovery import remember_plan
+
+    start = time.perf_counter()
+    if onnx is not None and model is None:
+        path, what = _build_file(onnx, output or onnx.with_suffix(".plan"), force)
+    elif model is not None and onnx is None:
+        path, what = _build_named(model, output, force)
+    else:
+        raise typer.BadParameter("give an ONNX file or --model NAME, one of the two", param_hint="MODEL")
+    remember_plan(path)
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    if what:
+        note(f"{path}: {what}, {size}, built in {time.perf_counter() - start:.1f} s")
+    else:
+        note(f"{path} is up to date ({size})")
+    note("next: fpn-engine infer image.jpg")
+
+
+def _build_file(onnx: Path, plan: Path, force: bool) -> tuple[Path, str]:
+    """The plan, and what it is if it was built."""
     from fpn_export.build import build_plan
 
-    refuse_folder(model)
-    start = time.perf_counter()
-    with steps(f"building {model.name}") as step:
-        built = build_plan(model, output or model.with_suffix(".plan"), force=force, on_progress=step)
-    remember_plan(built.path)
-    size = built.path.stat().st_size / 1e6
-    if built.cached:
-        note(f"{built.path} is up to date ({size:.1f} MB)")
-    else:
-        manifest = built.manifest
-        note(
-            f"{built.path}: {manifest.backend} {manifest.precision} on the {manifest.device.upper()}, {size:.1f} MB, "
-            f"built in {time.perf_counter() - start:.1f} s"
-        )
-    note("next: fpn-engine infer image.jpg")
+    refuse_folder(onnx)
+    with steps(f"building {onnx.name}") as step:
+        built = build_plan(onnx, plan, force=force, on_progress=step)
+    return built.path, "" if built.cached else built.manifest.runtime
+
+
+def _build_named(name: str, output: Path | None, force: bool) -> tuple[Path, str]:
+    """A copy of the cached plan."""
+    from fpn_engine.files import replacing
+    from fpn_engine.named import find_model
+    from fpn_engine.plan import read_plan
+
+    plan = output or Path(f"{find_model(name).name}.plan")
+    cached = plan_of_model(name, force=force)
+    with replacing(plan) as temporary:
+        shutil.copyfile(cached, temporary)
+    return plan, read_plan(plan).manifest.runtime

@@ -80,6 +80,20 @@ def counting(title: str, total: int | None) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def downloading(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar in bytes while stderr is a terminal; call what it yields with those that are here and in all."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = stderr()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
 def _writing_stdout() -> Iterator[None]:
     try:
         yield

@@ -12,38 +12,59 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpn_engine.cli.console import counting, emit, note, show
-from fpn_engine.cli.options import BatchOption, PlanOption, ThreadsOption
+from fpn_engine.cli.options import BatchOption, ModelOption, PlanOption, ThreadsOption
+from fpn_engine.cli.plans import choose_plan
+from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.errors import FpnEngineError
 
 if TYPE_CHECKING:
     from fpn_engine.annotations import CocoGroundTruth
     from fpn_engine.engine import Engine
+    from fpn_engine.proposals import GivenProposals
 
 
 def evaluate(
-    annotations: Annotated[Path, typer.Option(help="COCO instances JSON.", show_default=False)],
-    images: Annotated[Path, typer.Option(help="Folder of the images that it names.", show_default=False)],
+    annotations: Annotated[
+        Path, typer.Option(help="COCO instances JSON, a VOC folder, or a list of names in one.", show_default=False)
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images that they name; a VOC folder has its own.")
+    ] = None,
     plan: PlanOption = None,
-    proposals: Annotated[
-        bool, typer.Option("--proposals", help="Score the RPN's proposals: AR@100, AR@1k (paper table 1).")
+    model: ModelOption = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Score the RPN's proposals: AR@100, AR@1k (table 1); an RPN has no other.")
     ] = False,
+    proposals: ProposalsOption = None,
+    save_proposals: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the RPN's proposals as .npz or .json; implies --recall.")
+    ] = None,
     batch: BatchOption = 1,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
 ) -> None:
-    """Score a plan with the COCO metric: AP, AP50, AP75, by size and class, and average recall."""
-    from fpn_engine.annotations import load_annotations
-    from fpn_engine.discovery import find_plan
-    from fpn_engine.engine import Engine
+    """Score a plan with the COCO metric: AP, AP50, AP75, by size and class, and average recall.
 
+    An RPN is scored by the average recall of its proposals; a Fast R-CNN needs the proposals of another plan.
+    """
+    from fpn_engine.annotations import find_images, load_annotations
+    from fpn_engine.engine import Engine
+    from fpn_engine.proposal_file import check_suffix
+
+    if save_proposals:
+        check_suffix(save_proposals)
     truth = load_annotations(annotations)
-    files = _find_files(truth, images)
-    found = find_plan(plan)
-    if found.reason:
-        note(f"using {found.path} ({found.reason})")
-    engine = Engine.load(found.path, batch_size=batch, threads=threads)
+    files = _find_files(truth, images or find_images(annotations))
+    engine = Engine.load(choose_plan(plan, model), batch_size=batch, threads=threads)
+    given = open_proposals(engine.spec, proposals, truth.image_ids)
+    if given:  # one that is missing shows before the long work
+        for path in files.values():
+            given(str(path))
     with counting("detecting", len(files)) as advance:
-        score = (_score_proposals if proposals else _score_detections)(engine, truth, files, advance)
+        if recall or save_proposals or not engine.spec.has_box_head:
+            score = _score_proposals(engine, truth, files, save_proposals, advance)
+        else:
+            score = _score_detections(engine, truth, files, given, advance)
     if json:
         emit(json_module.dumps(score.to_dict()))
     else:
@@ -63,7 +84,9 @@ def _find_files(truth: CocoGroundTruth, folder: Path) -> dict[int, Path]:
     return files
 
 
-def _score_detections(engine: Engine, truth: CocoGroundTruth, files: dict[int, Path], advance: Any) -> Any:
+def _score_detections(
+    engine: Engine, truth: CocoGroundTruth, files: dict[int, Path], given: GivenProposals | None, advance: Any
+) -> Any:
     from fpn_engine.detections import Detections
     from fpn_engine.evaluation import score_detections
     from fpn_engine.results import coco_results
@@ -71,7 +94,7 @@ def _score_detections(engine: Engine, truth: CocoGroundTruth, files: dict[int, P
     truth.check_categories(engine.spec.categories)
     results: list[dict[str, Any]] = []
     other_size: list[str] = []
-    for image, outcome in zip(truth.images, engine.stream(files.values()), strict=True):
+    for image, outcome in zip(truth.images, engine.stream(files.values(), proposals=given), strict=True):
         if not isinstance(outcome.result, Detections):
             raise outcome.result  # a score over the rest would not be the score
         if outcome.result.image_size != (image.height, image.width):
@@ -86,13 +109,26 @@ def _score_detections(engine: Engine, truth: CocoGroundTruth, files: dict[int, P
     return score_detections(truth, results)
 
 
-def _score_proposals(engine: Engine, truth: CocoGroundTruth, files: dict[int, Path], advance: Any) -> Any:
+def _score_proposals(
+    engine: Engine, truth: CocoGroundTruth, files: dict[int, Path], target: Path | None, advance: Any
+) -> Any:
     from fpn_engine.evaluation import score_proposals
+    from fpn_engine.proposal_file import save_proposals
+    from fpn_engine.proposals import ProposedImage
 
     found = {}
     for image_id, boxes in zip(files, _propose(engine, files.values()), strict=True):
         found[image_id] = boxes
         advance()
+    if target:
+        save_proposals(
+            target,
+            [
+                ProposedImage(file_name=image.file_name, image_id=image.id, proposals=found[image.id])
+                for image in truth.images
+            ],
+        )
+        note(f"{target}: proposals of {len(found)} images")
     return score_proposals(truth, found)
 
 

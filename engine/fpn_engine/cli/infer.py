@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpn_engine.cli.console import counting, note
-from fpn_engine.cli.options import BatchOption, PlanOption, ThreadsOption
+from fpn_engine.cli.options import BatchOption, ModelOption, PlanOption, ThreadsOption
+from fpn_engine.cli.plans import choose_plan
+from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.cli.report import Format, Report, open_report
 from fpn_engine.errors import AnnotationError, FpnEngineError
 from fpn_engine.files import unwritable
@@ -33,6 +35,7 @@ MAX_DETECTIONS = 100_000  # more than a thousand proposals of any data set's cla
 def infer(
     images: Annotated[list[str], typer.Argument(help="Image files, folders and globs.", show_default=False)],
     plan: PlanOption = None,
+    model: ModelOption = None,
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write pictures with boxes into this folder.")
     ] = None,
@@ -41,7 +44,10 @@ def infer(
         Format, typer.Option(help="jsonl is one object per line, coco the COCO results array.")
     ] = Format.table,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write results here, not to stdout.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="COCO file with the image ids for --format coco.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO file with the image ids for --format coco and --proposals.")
+    ] = None,
+    proposals: ProposalsOption = None,
     score: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Lowest score; default the model's own, 0.5 in tables and pictures."),
@@ -65,6 +71,8 @@ def infer(
 
     Results go to stdout as a table, JSON, JSON Lines or COCO results; everything else goes to stderr. A file
     that cannot be read is reported and the others still finish (exit code 3, or 4 if all failed).
+
+    Where no plan is named or found, a small model that comes along detects shapes in generated scenes.
     """
     if json and format not in (Format.table, Format.json):
         raise typer.BadParameter(f"does not go with --format {format}", param_hint="--json")
@@ -73,11 +81,12 @@ def infer(
         raise typer.BadParameter("needs --format jsonl and --output FILE", param_hint="--resume")
     if output is not None and chosen is Format.table:
         raise typer.BadParameter("needs --format json, jsonl or coco", param_hint="--output")
-    if annotations is not None and chosen is not Format.coco:
+    if annotations is not None and chosen is not Format.coco and proposals is None:
         raise typer.BadParameter("needs --format coco", param_hint="--annotations")
 
-    from fpn_engine.discovery import find_plan
+    from fpn_engine.annotations import load_annotations
     from fpn_engine.engine import Engine
+    from fpn_engine.named import BUNDLED
     from fpn_engine.sources import list_images
 
     paths = list(list_images(images, recursive=recursive))
@@ -86,14 +95,14 @@ def infer(
         paths = _unfinished(paths, output)
         if not paths:
             return
-    found = find_plan(plan)
-    if found.reason:
-        note(f"using {found.path} ({found.reason})")
-    engine = Engine.load(found.path, batch_size=batch, threads=threads)
+    engine = Engine.load(choose_plan(plan, model, default=BUNDLED), batch_size=batch, threads=threads)
+    ids = load_annotations(annotations).image_ids if annotations else None
+    given = open_proposals(engine.spec, proposals, ids)
     selection = _Selection(engine, classes, score, nms, max_detections)
     run = _Run(selection, pictures)
-    with open_report(chosen, output, annotations, resume) as report, counting("detecting", len(paths)) as advance:
-        for outcome in engine.stream(paths, thresholds=selection.thresholds, read=_reader(max_pixels)):
+    with open_report(chosen, output, ids, resume) as report, counting("detecting", len(paths)) as advance:
+        read = _reader(max_pixels)
+        for outcome in engine.stream(paths, thresholds=selection.thresholds, proposals=given, read=read):
             run.take(outcome, report)
             advance()
     if run.failed:

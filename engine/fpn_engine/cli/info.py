@@ -6,12 +6,15 @@ import json as json_module
 import os
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fpn_engine.cli.console import emit, refuse_folder, show
 from fpn_engine.errors import FpnEngineError
+
+if TYPE_CHECKING:
+    from fpn_engine.spec import ModelSpec
 
 
 def info(
@@ -97,8 +100,9 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What people want to know first; --json has the rest."""
-    spec = facts["spec"]
-    pool = spec["box_roi_pool"]
+    from fpn_engine.spec import ModelSpec
+
+    spec, made = facts["spec"], ModelSpec.from_dict(facts["spec"])
     rows = [(facts["kind"], facts["file"]), ("size", f"{facts['bytes'] / 1e6:.1f} MB")]
     if facts["kind"] == "checkpoint":
         rows.append(("sha256", facts["sha256"]))
@@ -113,13 +117,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("inputs", ", ".join(facts["inputs"])))
         rows.append(("outputs", ", ".join(facts["outputs"])))
     rows += [
-        ("model", f"{spec['model']} {spec['arch']}, pyramid of {spec['fpn_channels']} channels"),
+        ("model", f"{spec['model']} {spec['arch']}, {made.describe_features()}"),
         ("classes", ", ".join(f"{category['id']} {category['name']}" for category in spec["categories"])),
         ("image size", f"short side {spec['min_size']}, long side at most {spec['max_size']} pixels"),
         ("normalisation", f"{spec['channel_order'].upper()}, mean {spec['image_mean']}, std {spec['image_std']}"),
         ("anchors", f"sizes {spec['anchor_sizes']}, ratios {spec['aspect_ratios']}"),
-        ("RoIAlign", f"{pool['output_size']} x {pool['output_size']}, {pool['sampling_ratio'] or 'adaptive'} samples"),
-        ("thresholds", f"score {spec['box_score_thresh']}, NMS {spec['box_nms_thresh']}"),
+        *_head_rows(made),
         ("most boxes", f"{spec['box_detections_per_img']} per image"),
     ]
     if facts["kind"] != "checkpoint":
@@ -127,3 +130,16 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for number, sentence in enumerate(facts.get("needs", [])):
         rows.append(("to be stated" if number == 0 else "", sentence))
     return rows
+
+
+def _head_rows(spec: ModelSpec) -> list[tuple[str, str]]:
+    if not spec.has_box_head:
+        return [("thresholds", f"score {spec.rpn_score_thresh}, NMS {spec.rpn_nms_thresh}")]
+    pool = spec.box_roi_pool
+    size = f"{pool.output_size} x {pool.output_size}"
+    samples = f"{pool.sampling_ratio or 'adaptive'} samples"
+    pooling = f"RoIPool {size}" if pool.kind == "max" else f"RoIAlign {size}, {samples}"
+    return [
+        ("box head", f"{spec.box_head} on {pooling}"),
+        ("thresholds", f"score {spec.box_score_thresh}, NMS {spec.box_nms_thresh}"),
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -56,7 +56,9 @@ class Report:
 
 
 @contextlib.contextmanager
-def open_report(format: Format, output: Path | None, annotations: Path | None, resume: bool) -> Iterator[Report]:
+def open_report(
+    format: Format, output: Path | None, image_ids: Mapping[str, int] | None, resume: bool
+) -> Iterator[Report]:
     if format is Format.table:
         report = Report(None)
         try:
@@ -64,12 +66,10 @@ def open_report(format: Format, output: Path | None, annotations: Path | None, r
         finally:
             report.print_page()
         return
-    from fpn_engine.annotations import load_annotations
     from fpn_engine.results import open_writer
 
-    ids = load_annotations(annotations).image_ids if annotations else None
     with _open_stream(format, output, resume) as stream:
-        writer = open_writer(format.value, stream, image_ids=ids)
+        writer = open_writer(format.value, stream, image_ids=image_ids)
         try:
             yield Report(writer)
         finally:

@@ -28,8 +28,8 @@ def train(
         ),
     ],
     images: Annotated[
-        Path, typer.Option(help="Folder of the images that it names.", show_default=False, rich_help_panel=DATA)
-    ],
+        Path | None, typer.Option(help="Folder of the images that it names; VOC knows its own.", rich_help_panel=DATA)
+    ] = None,
     val_annotations: Annotated[
         Path | None, typer.Option(help="What to score on; the best model is kept by it.", rich_help_panel=DATA)
     ] = None,
@@ -117,7 +117,7 @@ def train(
     The folder of the run gets best.pth and last.pth, each with its JSON, log.csv and scores.csv. A run that was stopped
     or killed goes on with the same command. Several GPUs: torchrun --nproc-per-node 8 -m fpn_engine train ...
     """
-    from fpn_engine.annotations import load_annotations
+    from fpn_engine.annotations import find_images, load_annotations
     from fpn_engine.spec import ModelSpec
     from fpn_export.systems import make_system
     from fpn_export.training.alternating import train_alternating
@@ -165,9 +165,9 @@ def train(
     )
     job = Job(
         annotations=annotations,
-        images=images,
+        images=images or find_images(annotations[0]),
         val_annotations=val_annotations,
-        val_images=val_images,
+        val_images=_find_val_images(val_annotations, val_images or images),
         output=output,
         spec=spec,
         representation_size=representation_size,
@@ -189,3 +189,9 @@ def train(
         best = "" if outcome.best is None else f", best {'AR1000' if spec.model == 'rpn' else 'AP'} {outcome.best:.3f}"
         note(f"trained {recipe.steps} steps{best}")
         note(f"next: fpn-engine export {output / 'best.pth'}")
+
+
+def _find_val_images(annotations: Path | None, named: Path | None) -> Path | None:
+    from fpn_engine.annotations import find_images
+
+    return find_images(annotations) if annotations is not None and named is None else named

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fpn_engine.cli.console import stderr
-
-if TYPE_CHECKING:
-    from fpn_export.training.trainer import Progress
 
 
 class TrainingDisplay:
@@ -36,7 +33,7 @@ class TrainingDisplay:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Any) -> None:
         from fpn_export.training.validation import main_figure
 
         loss = f"{progress.losses['loss']:.3f}"

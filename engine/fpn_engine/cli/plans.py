@@ -1,0 +1,79 @@
+"""Which plan a subcommand runs: named, found, or made from a named model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from fpn_engine.cli.console import downloading, note, steps
+from fpn_engine.errors import PlanError
+
+if TYPE_CHECKING:
+    from fpn_engine.named import NamedModel
+
+
+def choose_plan(plan: Path | None, model: str | None, *, default: str | None = None) -> Path:
+    """The plan that --plan or --model names, else the one that discovery finds, else that of the model ``default``.
+
+    What was not named is said on stderr. Raises: FpnEngineError if there is none, or it cannot be made.
+    """
+    if plan is not None and model is not None:
+        raise typer.BadParameter("does not go with --plan", param_hint="--model")
+    if model is not None:
+        return plan_of_model(model)
+
+    from fpn_engine.discovery import NO_PLAN, find_plan
+
+    if found := find_plan(plan):
+        if found.reason:
+            note(f"using {found.path} ({found.reason})")
+        return found.path
+    if default is None:
+        raise PlanError(NO_PLAN)
+    path = plan_of_model(default)
+    note(
+        f"using the {default} model, which knows {_describe_classes(path)}; for others: --model coco, or export and "
+        "build a checkpoint of your own"
+    )
+    return path
+
+
+def plan_of_model(name: str, *, force: bool = False) -> Path:
+    """The cached plan of a named model; fetched, exported and built first if it is not there."""
+    from fpn_engine.named import find_model
+    from fpn_export.bundled import CHECKPOINT, hash_bundled
+    from fpn_export.cached_plan import find_cached, make_cached
+
+    model = find_model(name)
+    digest = model.digest if model.file_name else hash_bundled()
+    if not force and (found := find_cached(model.name, digest)):
+        return found
+    checkpoint = _fetch(model) if model.file_name else CHECKPOINT
+    with steps(f"preparing the {model.name} model, once") as step:
+        return make_cached(model.name, digest, checkpoint, force=force, on_progress=step)
+
+
+def _fetch(model: NamedModel) -> Path:
+    """The checkpoint of a published model, downloaded if it is not here."""
+    from fpn_engine.download import download, has_digest
+    from fpn_engine.named import checkpoint_places, download_url
+
+    places = list(checkpoint_places(model))
+    for place in places:
+        if has_digest(place, model.digest):
+            note(f"using {place}")
+            return place
+    url = download_url(model)
+    note(f"downloading {url} ({model.megabytes} MB) to {places[0]}, once")
+    with downloading(model.name) as advance:
+        waiting = f"another process is downloading {model.file_name}; waiting for it"
+        download(url, places[0], model.digest, on_progress=advance, on_wait=lambda: note(waiting))
+    return places[0]
+
+
+def _describe_classes(path: Path) -> str:
+    from fpn_engine.plan import read_plan
+
+    return ", ".join(category.name for category in read_plan(path).manifest.spec.categories)

@@ -1,0 +1,59 @@
+"""Ground truth: the objects that detections are scored against, whatever format they were annotated in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fpn_engine.errors import AnnotationError
+from fpn_engine.spec import Category
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatedImage:
+    """One image of an annotation file; sides in pixels."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotation:
+    """One object: bbox (x, y, width, height) and area in pixels; a crowd stands for many objects."""
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float
+    iscrowd: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CocoGroundTruth:
+    """The annotations of a data set, each list in the order of the file. Category ids may have gaps."""
+
+    images: tuple[AnnotatedImage, ...]
+    categories: tuple[Category, ...]
+    annotations: tuple[Annotation, ...]
+
+    @property
+    def image_ids(self) -> dict[str, int]:
+        """The id of each file_name."""
+        return {image.file_name: image.id for image in self.images}
+
+    def check_categories(self, categories: Iterable[Category]) -> None:
+        """Raise AnnotationError if an id means another class to the model than to these annotations.
+
+        Scores would silently be near zero, as between COCO ids (1-90, with gaps) and consecutive ones (1-80).
+        Ids that only one side has are fine, and so are the stand-in names of a checkpoint without names.
+        """
+        names = {category.id: category.name for category in self.categories}
+        for category in categories:
+            name = names.get(category.id, category.name)
+            if category.name not in (name, f"class_{category.id}"):
+                raise AnnotationError(
+                    f"category {category.id} is {category.name!r} to the model but {name!r} in the annotations; "
+                    "use the annotations that the model was trained for"
+                )

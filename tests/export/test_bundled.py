@@ -1,0 +1,65 @@
+"""The model that comes with the package: it is there, small, described, and finds shapes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fpn_engine.engine import Engine
+from fpn_export.bundled import CHECKPOINT, hash_bundled
+from fpn_export.cached_plan import make_cached
+from fpn_export.checkpoint import load_checkpoint
+from fpn_export.demo import compare
+from fpn_export.scenes import CATEGORIES, make_scene
+
+ROOT = Path(__file__).parents[2]
+MAX_WHEEL_BYTES = 10_000_000
+HELD_OUT = 20_170_420  # the data set beside that of the demonstration
+SCENES = 6
+
+
+def test_it_is_described_in_full() -> None:
+    loaded = load_checkpoint(CHECKPOINT)
+    assert loaded.assumptions == []
+    assert loaded.spec.categories == CATEGORIES
+    assert loaded.spec.model == "faster_rcnn"
+
+
+def test_it_is_kept_in_half_precision() -> None:
+    assert {tensor.dtype for tensor in load_file(CHECKPOINT).values() if tensor.is_floating_point()} == {torch.float16}
+
+
+def test_the_wheel_stays_small() -> None:
+    """Weights do not compress, and code counts in full here."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "models/*" in settings["package-data"]["fpn_export"]
+    code = [path for folder in settings["packages"]["find"]["where"] for path in (ROOT / folder).rglob("*.py")]
+    data = list(CHECKPOINT.parent.iterdir())
+    assert sorted(path.name for path in data) == ["demo.json", "demo.safetensors"]
+    assert sum(path.stat().st_size for path in (*code, *data)) < MAX_WHEEL_BYTES
+
+
+def test_it_finds_most_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path))
+    engine = Engine.load(make_cached("demo", hash_bundled(), CHECKPOINT))
+    found = there = spurious = 0
+    for index in range(SCENES):
+        scene = make_scene(HELD_OUT, index)
+        (detections,) = engine(scene.image)
+        comparison = compare(scene, detections.filter(min_score=0.5))
+        found += comparison.found
+        there += len(comparison.pairs)
+        spurious += len(comparison.spurious)
+    assert there > 60
+    assert found > 0.5 * there
+    assert spurious < 0.25 * found
+
+
+def test_the_json_names_the_checkpoint() -> None:
+    about = json.loads(CHECKPOINT.with_suffix(".json").read_text())["about"]
+    assert about["sha256"] == load_checkpoint(CHECKPOINT).sha256
