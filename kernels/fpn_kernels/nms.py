@@ -123,9 +123,7 @@ def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _fake(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int
-) -> tuple[Tensor, Tensor]:
+def _fake(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int) -> tuple[Tensor, Tensor]:
     n = scores.shape[0]
     return groups.new_empty(n, max_out), groups.new_empty(n)
 

@@ -174,7 +174,7 @@ def test_wrong_proposals(
     assert (ran.code, ran.out) == (1, "")
     assert words in ran.err
     assert "Traceback" not in ran.err
-    if "one.json" not in options or plan == "rpn":
+    if not options or plan == "rpn":  # the one option and its messages are shared
         inferred = run("infer", "images", "--plan", path, *options)
         assert (inferred.code, inferred.out) == (1, "")
         assert words in inferred.err

@@ -60,10 +60,9 @@ def test_tensors_say_which_system_it_is(system: str, model: str, tmp_path: Path)
         assert len(loaded.model.trunk(make_images(1)).features) == len(spec.levels)
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_json_beside_it_gives_the_spec_back(system: str, model: str, tmp_path: Path) -> None:
-    spec = make_system(BASE, system, model)
+def test_the_json_beside_it_gives_the_spec_back(system: str, tmp_path: Path) -> None:
+    spec = make_system(BASE, system, "rpn" if system == "fpn" else "faster_rcnn")
     path = save(tmp_path / "net.pth", spec)
     path.with_suffix(".json").write_text(json.dumps({"spec": spec.to_dict()}))
     loaded = load_checkpoint(path)
