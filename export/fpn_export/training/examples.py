@@ -106,6 +106,10 @@ class AnnotatedExamples:
     def __len__(self) -> int:
         return len(self._listed)
 
+    def objects_of(self, index: int) -> tuple[Boxes, NDArray[np.int64]]:
+        """Boxes and labels of an image that is not read for it."""
+        return self._listed[index].boxes, self._listed[index].labels
+
     def __getitem__(self, index: int) -> Example:
         """Raises: ImageError for an image that cannot be read or has another size than annotated."""
         entry = self._listed[index]
