@@ -8,7 +8,21 @@ import pytest
 # Read when torch loads its OpenMP: threads that spin while they wait double the suite's time on two shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import torch  # noqa: E402
+
+# Read when triton is imported, which torch does by itself now and then: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

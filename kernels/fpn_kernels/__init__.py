@@ -1,4 +1,4 @@
-"""The ops between image and boxes of an FPN detector, as PyTorch references with final names.
+"""The ops between image and boxes of an FPN detector: Triton kernels on CUDA, PyTorch references elsewhere.
 
 Boxes are (x1, y1, x2, y2) in pixels, float32, half-open. Everything is batched at fixed capacity with counts
 beside it; a score of -inf marks an empty slot.
@@ -12,7 +12,7 @@ from fpn_kernels.preprocess import PackedImages, pack_images, preprocess
 from fpn_kernels.roi_align import multilevel_roi_align, roi_align
 from fpn_kernels.roi_pool import multilevel_roi_pool, roi_pool
 from fpn_kernels.selection import select_topk, stable_topk
-from fpn_kernels.topdown import topdown_merge
+from fpn_kernels.topdown import lateral_merge, topdown_merge
 
 __all__ = [
     "PackedImages",
@@ -22,6 +22,7 @@ __all__ = [
     "clip_boxes",
     "decode_boxes",
     "decode_proposals",
+    "lateral_merge",
     "make_base_anchors",
     "multilevel_roi_align",
     "multilevel_roi_pool",

@@ -26,7 +26,7 @@ from typing import Any
 TARGETS = (80, 86, 89, 90, 100, 120)  # compute capability times ten
 # Shared memory that one thread block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-MODULES = ("nms",)
+MODULES = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +66,10 @@ def compile_build(build: Any, target: int) -> Compiled:
     names = build.kernel.arg_names
     signature = {name: build.signature.get(name, "constexpr") for name in names}
     attributes = {
-        (names.index(name),): [["tt.divisibility", 16]]
+        path: [["tt.divisibility", 16]]
         for name, kind in build.signature.items()
-        if kind.startswith("*") or name in build.divisible
+        for path, part in _split(names.index(name), kind)
+        if part.startswith("*") or name in build.divisible
     }
     source = ASTSource(build.kernel, signature, {(names.index(n),): v for n, v in build.constants.items()}, attributes)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": False}
@@ -84,8 +85,15 @@ def compile_build(build: Any, target: int) -> Compiled:
         spills=resources["STACK"] + resources["LOCAL"],
         shared=compiled.metadata.shared,
         tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
-        wide_loads=len(re.findall(r"\bld\.global\S*\.v4\.b32\b|\bcp\.async\S* \[\S+\], \[\S+\], 0x10\b", ptx)),
+        wide_loads=len(re.findall(r"\bld\.global\S*\.v4\.b32\b|\bcp\.async\S* \[[^\]]+\], \[[^\]]+\], 0x10\b", ptx)),
     )
+
+
+def _split(position: int, kind: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Each part of an argument, which is several if it is a tuple: its path as Triton counts, and its type."""
+    if isinstance(kind, str):
+        return [((position,), kind)]
+    return [((position, i), part) for i, part in enumerate(kind)]
 
 
 def _read_resources(cubin: bytes) -> dict[str, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fpn_kernels.checks import FLOATS, require, require_device, require_dtype, require_shape
 from fpn_kernels.decode import clip_boxes, decode_boxes, large_enough
+from fpn_kernels.registration import Op
 
 
 def candidate_capacity(num_proposals: int, num_classes: int, score_thresh: float) -> int:
@@ -57,6 +58,32 @@ def select_candidates_reference(
     return boxes, scores, label, filled.sum(dim=1)
 
 
+def _fake(
+    class_logits: Tensor,
+    box_deltas: Tensor,
+    proposals: Tensor,
+    counts: Tensor,
+    image_sizes: Tensor,
+    score_thresh: float,
+    min_size: float,
+    weights: Sequence[float],
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = len(proposals)
+    scores, labels = proposals.new_empty(n, capacity), counts.new_empty(n, capacity)
+    return proposals.new_empty(n, capacity, 4), scores, labels, counts.new_empty(n)
+
+
+_select_candidates = Op(
+    "select_candidates",
+    "(Tensor class_logits, Tensor box_deltas, Tensor proposals, Tensor counts, Tensor image_sizes, "
+    "float score_thresh, float min_size, float[] weights, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    select_candidates_reference,
+    "fpn_kernels.triton.candidates:launch_select_candidates",
+    _fake,
+)
+
+
 def select_candidates(
     class_logits: Tensor,
     box_deltas: Tensor,
@@ -97,12 +124,23 @@ def select_candidates(
     require_dtype("proposals", proposals, torch.float32)
     require_dtype("counts", counts, torch.int64)
     require_dtype("image_sizes", image_sizes, torch.int64)
-    require_device(class_logits=class_logits, box_deltas=box_deltas, proposals=proposals, counts=counts)
+    require_device(
+        class_logits=class_logits, box_deltas=box_deltas, proposals=proposals, counts=counts, image_sizes=image_sizes
+    )
     require(len(weights) == 4, f"weights must be four numbers, not {weights}")
     require(0.0 <= score_thresh <= 1.0, f"score_thresh must be from 0 to 1, not {score_thresh}")
     if capacity is None:
         capacity = candidate_capacity(r, class_logits.shape[1], score_thresh)
     require(capacity >= 0, f"capacity must not be negative: {capacity}")
-    return select_candidates_reference(
-        class_logits, box_deltas, proposals, counts, image_sizes, score_thresh, min_size, weights, capacity
+    return _select_candidates(
+        proposals.device,
+        class_logits,
+        box_deltas,
+        proposals,
+        counts,
+        image_sizes,
+        float(score_thresh),
+        float(min_size),
+        [float(weight) for weight in weights],
+        capacity,
     )

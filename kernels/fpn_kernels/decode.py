@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels.checks import FLOATS, require, require_device, require_dtype, require_shape
+from fpn_kernels.registration import Op
 from fpn_kernels.selection import flatten_anchors, level_slots
 
 # exp(dw) is limited to 1000 / 16: a 16-pixel anchor cannot grow past 1000 pixels.
@@ -64,7 +65,7 @@ def decode_proposals_reference(
     indices: Tensor,
     deltas: Sequence[Tensor],
     base_anchors: Tensor,
-    padded_size: tuple[int, int],
+    padded_size: Sequence[int],
     image_sizes: Tensor,
     k: int,
     min_size: float,
@@ -85,6 +86,30 @@ def decode_proposals_reference(
     scores = 1 / (1 + (-logits).exp())
     keep = large_enough(clipped, min_size) & (scores >= score_thresh)
     return torch.where(keep[..., None], clipped, 0.0), torch.where(keep, scores, -torch.inf)
+
+
+def _fake(
+    logits: Tensor,
+    indices: Tensor,
+    deltas: Sequence[Tensor],
+    base_anchors: Tensor,
+    padded_size: Sequence[int],
+    image_sizes: Tensor,
+    k: int,
+    min_size: float,
+    score_thresh: float,
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(*logits.shape, 4), logits.new_empty(logits.shape)
+
+
+_decode_proposals = Op(
+    "decode_proposals",
+    "(Tensor logits, Tensor indices, Tensor[] deltas, Tensor base_anchors, SymInt[] padded_size, Tensor image_sizes, "
+    "int k, float min_size, float score_thresh) -> (Tensor, Tensor)",
+    decode_proposals_reference,
+    "fpn_kernels.triton.decode:launch_decode_proposals",
+    _fake,
+)
 
 
 def decode_proposals(
@@ -132,6 +157,15 @@ def decode_proposals(
     total = sum(level_slots([a * level.shape[2] * level.shape[3] for level in deltas], k))
     require(total == slots, f"logits must have {total} slots for these deltas and k={k}, not {slots}")
     require_device(logits=logits, indices=indices, deltas=deltas[0], base_anchors=base_anchors, image_sizes=image_sizes)
-    return decode_proposals_reference(
-        logits, indices, deltas, base_anchors, padded_size, image_sizes, k, min_size, score_thresh
+    return _decode_proposals(
+        logits.device,
+        logits,
+        indices,
+        list(deltas),
+        base_anchors,
+        list(padded_size),
+        image_sizes,
+        k,
+        float(min_size),
+        float(score_thresh),
     )

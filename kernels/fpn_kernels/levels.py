@@ -46,20 +46,39 @@ def pool_by_level(
     Raises: ValueError for a batch index outside the batch.
     """
     n, c = features[0].shape[:2]
+    chosen_by_level = split_by_level(n, len(features), rois, counts, min_level, canonical_level, canonical_size)
+    absent = torch.ones(len(rois), dtype=torch.bool, device=rois.device)
+    absent[torch.cat(chosen_by_level)] = False
+    out = features[0].new_empty(len(rois), output_size, output_size, c)
+    out[absent] = 0
+    for feature, stride, chosen in zip(features, strides, chosen_by_level, strict=True):
+        if len(chosen):
+            out.index_copy_(0, chosen, pool_level(feature, rois[chosen], stride))
+    return out.permute(0, 3, 1, 2)
+
+
+def split_by_level(
+    n: int,
+    levels: int,
+    rois: Tensor,
+    counts: Tensor | None,
+    min_level: int,
+    canonical_level: int,
+    canonical_size: float,
+) -> list[Tensor]:
+    """Which RoIs each level has, of a batch of ``n``; empty slots and RoIs that are not finite are on none.
+
+    Raises: ValueError for a batch index outside the batch.
+    """
     valid = rois.isfinite().all(dim=1)
     if counts is not None:
         slots = len(rois) // max(n, 1)
         valid &= (torch.arange(slots, device=rois.device) < counts[:, None]).view(-1)
     if bool((((rois[:, 0] < 0) | (rois[:, 0] >= n)) & valid).any()):
         raise ValueError(f"rois name an image outside the batch of {n}")
-    levels = assign_levels(rois[:, 1:], min_level, min_level + len(features) - 1, canonical_level, canonical_size)
-    out = features[0].new_empty(len(rois), output_size, output_size, c)
-    out[~valid] = 0
-    for level, (feature, stride) in enumerate(zip(features, strides, strict=True), start=min_level):
-        chosen = ((levels == level) & valid).nonzero()[:, 0]
-        if len(chosen):
-            out.index_copy_(0, chosen, pool_level(feature, rois[chosen], stride))
-    return out.permute(0, 3, 1, 2)
+    max_level = min_level + levels - 1
+    assigned = assign_levels(rois[:, 1:], min_level, max_level, canonical_level, canonical_size)
+    return [((assigned == level) & valid).nonzero()[:, 0] for level in range(min_level, max_level + 1)]
 
 
 def check_pooling(

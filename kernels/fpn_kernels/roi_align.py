@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels.checks import require
-from fpn_kernels.levels import check_pooling, number_boxes, pool_by_level
+from fpn_kernels.levels import check_pooling, number_boxes, pool_by_level, split_by_level
+from fpn_kernels.registration import Op
 
 # Adaptive sampling takes ceil(RoI side / output_size) samples per bin and axis; a box far larger than any image would
 # ask for unbounded work, so the grid stops here: enough for a RoI of 128 * 7 = 896 cells, 3584 pixels on P2.
@@ -33,17 +35,12 @@ def _axis_taps(start: Tensor, size: Tensor, bins: int, grid: int, length: int) -
     return index.flatten(2), weight.flatten(2)
 
 
-def _pool(
-    table: Tensor,
-    image_shape: tuple[int, int],
-    rois: Tensor,
-    output_size: int,
-    grid: tuple[int, int],
-    aligned: bool,
-) -> Tensor:
-    """Pool RoIs in cells, (R, 5), from rows of a (N * H * W, C) table: (R * S * S, C).
+def _taps(
+    image_shape: tuple[int, int], rois: Tensor, output_size: int, grid: tuple[int, int], aligned: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows of a (N * H * W, C) table whose weighted sum each bin is, of RoIs in cells, (R, 5).
 
-    Each bin is a weighted sum of 4 * grid^2 rows, so an embedding bag does the work and autograd's backward.
+    Returns: index and weight, both (R * S * S, 4 * grid^2).
     """
     h, w = image_shape
     sides = rois[:, 3:] - rois[:, 1:3]
@@ -54,36 +51,75 @@ def _pool(
     rows = rois[:, 0].to(torch.int32)[:, None, None] * h + y_index
     index = rows[:, :, None, :, None] * w + x_index[:, None, :, None, :]
     weight = (y_weight / (grid[0] * grid[1]))[:, :, None, :, None] * x_weight[:, None, :, None, :]
-    bags = (len(rois) * output_size**2, -1)
-    return F.embedding_bag(
-        index.reshape(bags), table, mode="sum", per_sample_weights=weight.reshape(bags).to(table.dtype)
-    )
+    bags = (len(rois) * output_size**2, 4 * grid[0] * grid[1])
+    return index.reshape(bags), weight.reshape(bags)
+
+
+def _to_cells(rois: Tensor, stride: float, aligned: bool) -> Tensor:
+    cells = rois * torch.tensor([1.0] + [1.0 / stride] * 4, device=rois.device)
+    # A finite coordinate far outside reads nothing; the limit keeps sums of it finite too.
+    cells[:, 1:] = cells[:, 1:].clamp(-1e6, 1e6) - (0.5 if aligned else 0.0)
+    return cells
+
+
+def _share_grids(
+    cells: Tensor, output_size: int, sampling_ratio: int, aligned: bool
+) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """Which RoIs in cells take the same samples per bin, (by height, by width); those without a sample are left out."""
+    if sampling_ratio > 0:
+        yield torch.arange(len(cells), device=cells.device), (sampling_ratio, sampling_ratio)
+        return
+    sides = cells[:, 3:] - cells[:, 1:3]
+    if not aligned:
+        sides = sides.clamp(min=1)
+    grids = (sides / output_size).ceil().clamp(0, MAX_GRID).to(torch.int64)
+    for grid_w, grid_h in grids[grids.amin(dim=1) > 0].unique(dim=0).tolist():
+        chosen = ((grids[:, 0] == grid_w) & (grids[:, 1] == grid_h)).nonzero()[:, 0]
+        for part in chosen.split(max(1, TAPS // (4 * grid_w * grid_h * output_size**2))):
+            yield part, (grid_h, grid_w)
 
 
 def _pool_level(
     features: Tensor, rois: Tensor, output_size: int, stride: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """RoIAlign of (R, 5) finite RoIs in pixels on one (N, C, H, W) level: (R, S, S, C)."""
+    """RoIAlign of (R, 5) finite RoIs in pixels on one (N, C, H, W) level: (R, S, S, C).
+
+    An embedding bag does the work and autograd's backward.
+    """
     _, c, h, w = features.shape
     # Contiguous even where one image's reshape is a view: other layouts take a slower path of other rounding.
     table = features.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
-    cells = rois * torch.tensor([1.0] + [1.0 / stride] * 4, device=rois.device)
-    # A finite coordinate far outside reads nothing; the limit keeps sums of it finite too.
-    cells[:, 1:] = cells[:, 1:].clamp(-1e6, 1e6) - (0.5 if aligned else 0.0)
-    shape = (-1, output_size, output_size, c)
+    cells = _to_cells(rois, stride, aligned)
+
+    def pool(some: Tensor, grid: tuple[int, int]) -> Tensor:
+        index, weight = _taps((h, w), some, output_size, grid, aligned)
+        pooled = F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table.dtype))
+        return pooled.view(-1, output_size, output_size, c)
+
     if sampling_ratio > 0:
-        return _pool(table, (h, w), cells, output_size, (sampling_ratio,) * 2, aligned).view(shape)
-    sides = cells[:, 3:] - cells[:, 1:3]
-    if not aligned:
-        sides = sides.clamp(min=1)
-    grids = (sides / output_size).ceil().clamp(0, MAX_GRID).to(torch.int64)
+        return pool(cells, (sampling_ratio, sampling_ratio))
     out = features.new_zeros(len(rois), output_size, output_size, c)
-    for grid_w, grid_h in grids[grids.amin(dim=1) > 0].unique(dim=0).tolist():  # no sample, no feature
-        chosen = ((grids[:, 0] == grid_w) & (grids[:, 1] == grid_h)).nonzero()[:, 0]
-        for part in chosen.split(max(1, TAPS // (4 * grid_w * grid_h * output_size**2))):
-            pooled = _pool(table, (h, w), cells[part], output_size, (grid_h, grid_w), aligned)
-            out.index_copy_(0, part, pooled.view(shape))
+    for part, grid in _share_grids(cells, output_size, sampling_ratio, aligned):
+        out.index_copy_(0, part, pool(cells[part], grid))
     return out
+
+
+def _pull_level(
+    gradient: Tensor, rois: Tensor, shape: tuple[int, int, int], stride: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    """Gradient of one level, (N, H, W, C) of ``shape``'s N, H, W, from that of what RoIs pooled there, (R, S, S, C)."""
+    n, h, w = shape
+    output_size, c = gradient.shape[2:]
+    table = gradient.new_zeros(n * h * w, c, dtype=torch.float32)
+    cells = _to_cells(rois, stride, aligned)
+    for part, grid in _share_grids(cells, output_size, sampling_ratio, aligned):
+        index, weight = _taps((h, w), cells[part], output_size, grid, aligned)
+        bins = gradient[part].view(-1, c).to(torch.float32)
+        few = max(1, TAPS // (index.shape[1] * c))
+        for some, weights, values in zip(index.split(few), weight.split(few), bins.split(few), strict=True):
+            pulled = weights[:, :, None] * values[:, None, :]
+            table.index_add_(0, some.flatten(), pulled.flatten(0, 1))
+    return table.view(n, h, w, c)
 
 
 def multilevel_roi_align_reference(
@@ -104,6 +140,66 @@ def multilevel_roi_align_reference(
     return pool_by_level(
         pool_level, features, rois, counts, output_size, strides, min_level, canonical_level, canonical_size
     )
+
+
+def multilevel_roi_align_backward_reference(
+    gradient: Tensor,
+    sizes: Sequence[int],
+    rois: Tensor,
+    counts: Tensor | None,
+    strides: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+    canonical_level: int,
+    canonical_size: float,
+) -> list[Tensor]:
+    n, heights, widths = sizes[0], sizes[1::2], sizes[2::2]
+    gradient = gradient.permute(0, 2, 3, 1).contiguous()
+    chosen_by_level = split_by_level(n, len(heights), rois, counts, min_level, canonical_level, canonical_size)
+    tables = [
+        _pull_level(gradient[chosen], rois[chosen], (n, h, w), stride, sampling_ratio, aligned)
+        for chosen, h, w, stride in zip(chosen_by_level, heights, widths, strides, strict=True)
+    ]
+    return [table.to(gradient.dtype).permute(0, 3, 1, 2) for table in tables]
+
+
+def _fake(features: Sequence[Tensor], rois: Tensor, counts: Tensor | None, output_size: int, *form: Any) -> Tensor:
+    return features[0].new_empty(rois.shape[0], output_size, output_size, features[0].shape[1]).permute(0, 3, 1, 2)
+
+
+def _backward_fake(gradient: Tensor, sizes: Sequence[int], *form: Any) -> list[Tensor]:
+    n, c = sizes[0], gradient.shape[1]
+    return [gradient.new_empty(n, h, w, c).permute(0, 3, 1, 2) for h, w in zip(sizes[1::2], sizes[2::2], strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, rois, counts, _, *ctx.form = inputs
+    ctx.sizes = [features[0].shape[0], *(side for level in features for side in level.shape[2:])]
+    ctx.save_for_backward(rois, counts)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return _roi_align_backward.dispatch(gradient, ctx.sizes, *ctx.saved_tensors, *ctx.form), *[None] * 9
+
+
+FORM = "float[] strides, int sampling_ratio, bool aligned, int min_level, int canonical_level, float canonical_size"
+_roi_align = Op(
+    "multilevel_roi_align",
+    f"(Tensor[] features, Tensor rois, Tensor? counts, int output_size, {FORM}) -> Tensor",
+    multilevel_roi_align_reference,
+    "fpn_kernels.triton.roi_align:launch_multilevel_roi_align",
+    _fake,
+    backward=_backward,
+    save=_save,
+)
+_roi_align_backward = Op(
+    "multilevel_roi_align_backward",
+    f"(Tensor gradient, SymInt[] sizes, Tensor rois, Tensor? counts, {FORM}) -> Tensor[]",
+    multilevel_roi_align_backward_reference,
+    "fpn_kernels.triton.roi_align:launch_multilevel_roi_align_backward",
+    _backward_fake,
+)
 
 
 def multilevel_roi_align(
@@ -140,18 +236,8 @@ def multilevel_roi_align(
     """
     check_pooling(features, rois, counts, output_size, strides)
     require(sampling_ratio >= 0, f"sampling_ratio must be 0 (adaptive) or more, not {sampling_ratio}")
-    return multilevel_roi_align_reference(
-        features,
-        rois,
-        counts,
-        output_size,
-        strides,
-        sampling_ratio,
-        aligned,
-        min_level,
-        canonical_level,
-        canonical_size,
-    )
+    form = (list(strides), sampling_ratio, aligned, min_level, canonical_level, canonical_size)
+    return _roi_align(rois.device, list(features), rois, counts, output_size, *form)
 
 
 def roi_align(

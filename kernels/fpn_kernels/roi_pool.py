@@ -6,14 +6,16 @@ zero, the last one included; bins by floor and ceiling, so that neighbours may s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels.levels import check_pooling, number_boxes, pool_by_level
+from fpn_kernels.levels import check_pooling, number_boxes, pool_by_level, split_by_level
+from fpn_kernels.registration import Op
 
 CELLS = 1 << 22  # cells of bins laid out at a time: about 100 MB of temporaries
 
@@ -33,14 +35,14 @@ def _bin_edges(first: Tensor, last: Tensor, bins: int, length: int) -> tuple[Ten
     return begin.clamp(0, length).to(torch.int64), end.clamp(0, length).to(torch.int64)
 
 
-def _pool_level(features: Tensor, rois: Tensor, output_size: int, stride: float) -> Tensor:
-    """RoIPool of (R, 5) finite RoIs in pixels on one (N, C, H, W) level: (R, S, S, C).
+def _cells_of_bins(
+    shape: tuple[int, int], rois: Tensor, output_size: int, stride: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of a (N * H * W, C) table that each bin covers, of (R, 5) finite RoIs in pixels, about CELLS at a time.
 
-    Each bin is the maximum of some rows of a (N * H * W, C) table, so an embedding bag does the work and autograd's
-    backward: the gradient goes to the first of equal maxima, as in torchvision.
+    Yields: a slice of the R * S * S bins, the rows of them all, and where each one's begin.
     """
-    _, c, h, w = features.shape
-    table = features.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
+    h, w = shape
     # A finite coordinate far outside reads nothing; the limit keeps sums of it exact.
     corners = _round_half_away((rois[:, 1:] * (1.0 / stride)).clamp(-1e6, 1e6))
     y_begin, y_end = _bin_edges(corners[:, 1], corners[:, 3], output_size, h)
@@ -49,14 +51,39 @@ def _pool_level(features: Tensor, rois: Tensor, output_size: int, stride: float)
     cells = (rows[:, :, None] * columns[:, None, :]).flatten()  # of each bin
     width = columns[:, None, :].expand(-1, output_size, -1).flatten()
     corner = (rois[:, 0].to(torch.int64)[:, None] * h + y_begin)[:, :, None] * w + x_begin[:, None, :]
-    pooled = []
     for bags in _split(cells):
         bag = torch.arange(bags.start, bags.stop, device=cells.device).repeat_interleave(cells[bags])
         offsets = cells[bags].cumsum(0) - cells[bags]
         within = torch.arange(len(bag), device=cells.device) - offsets.repeat_interleave(cells[bags])
-        index = corner.flatten()[bag] + within // width[bag] * w + within % width[bag]
-        pooled.append(F.embedding_bag(index, table, offsets, mode="max"))  # an empty bin is 0
+        yield bags, corner.flatten()[bag] + within // width[bag] * w + within % width[bag], offsets
+
+
+def _pool_level(features: Tensor, rois: Tensor, output_size: int, stride: float) -> Tensor:
+    """RoIPool of (R, 5) finite RoIs in pixels on one (N, C, H, W) level: (R, S, S, C).
+
+    Each bin is the maximum of some rows of a (N * H * W, C) table, so an embedding bag does the work and autograd's
+    backward: the gradient goes to the first of equal maxima, as in torchvision.
+    """
+    _, c, h, w = features.shape
+    table = features.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
+    pooled = [
+        F.embedding_bag(index, table, offsets, mode="max")  # an empty bin is 0
+        for _, index, offsets in _cells_of_bins((h, w), rois, output_size, stride)
+    ]
     return torch.cat(pooled).view(len(rois), output_size, output_size, c)
+
+
+def _pull_level(gradient: Tensor, features: Tensor, rois: Tensor, stride: float) -> Tensor:
+    """Gradient of one level, (N, H, W, C), from that of what RoIs pooled there, (R, S, S, C)."""
+    n, c, h, w = features.shape
+    table = features.permute(0, 2, 3, 1).reshape(-1, c).contiguous()
+    pulled = torch.zeros_like(table, dtype=torch.float32)
+    bins = gradient.reshape(-1, c).to(torch.float32)
+    for bags, index, offsets in _cells_of_bins((h, w), rois, gradient.shape[1], stride):
+        sizes = torch.cat([offsets[1:], offsets.new_tensor([len(index)])]) - offsets
+        first = torch.embedding_bag(table, index, offsets, mode=2)[3]  # mode max: which row each maximum is
+        pulled.scatter_add_(0, first, bins[bags] * (sizes > 0)[:, None])
+    return pulled.view(n, h, w, c)
 
 
 def _split(cells: Tensor) -> list[slice]:
@@ -82,6 +109,64 @@ def multilevel_roi_pool_reference(
     return pool_by_level(
         pool_level, features, rois, counts, output_size, strides, min_level, canonical_level, canonical_size
     )
+
+
+def multilevel_roi_pool_backward_reference(
+    gradient: Tensor,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    counts: Tensor | None,
+    strides: Sequence[float],
+    min_level: int,
+    canonical_level: int,
+    canonical_size: float,
+) -> list[Tensor]:
+    gradient = gradient.permute(0, 2, 3, 1).contiguous()
+    n = len(features[0])
+    chosen_by_level = split_by_level(n, len(features), rois, counts, min_level, canonical_level, canonical_size)
+    tables = [
+        _pull_level(gradient[chosen], feature, rois[chosen], stride)
+        for chosen, feature, stride in zip(chosen_by_level, features, strides, strict=True)
+    ]
+    return [table.to(gradient.dtype).permute(0, 3, 1, 2) for table in tables]
+
+
+def _fake(features: Sequence[Tensor], rois: Tensor, counts: Tensor | None, output_size: int, *form: Any) -> Tensor:
+    return features[0].new_empty(rois.shape[0], output_size, output_size, features[0].shape[1]).permute(0, 3, 1, 2)
+
+
+def _backward_fake(gradient: Tensor, features: Sequence[Tensor], *form: Any) -> list[Tensor]:
+    sizes = [(n, h, w, c) for n, c, h, w in (level.shape for level in features)]
+    return [gradient.new_empty(size).permute(0, 3, 1, 2) for size in sizes]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, rois, counts, _, *ctx.form = inputs
+    ctx.save_for_backward(rois, counts, *features)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    rois, counts, *features = ctx.saved_tensors
+    return _roi_pool_backward.dispatch(gradient, features, rois, counts, *ctx.form), *[None] * 7
+
+
+FORM = "float[] strides, int min_level, int canonical_level, float canonical_size"
+_roi_pool = Op(
+    "multilevel_roi_pool",
+    f"(Tensor[] features, Tensor rois, Tensor? counts, int output_size, {FORM}) -> Tensor",
+    multilevel_roi_pool_reference,
+    "fpn_kernels.triton.roi_pool:launch_multilevel_roi_pool",
+    _fake,
+    backward=_backward,
+    save=_save,
+)
+_roi_pool_backward = Op(
+    "multilevel_roi_pool_backward",
+    f"(Tensor gradient, Tensor[] features, Tensor rois, Tensor? counts, {FORM}) -> Tensor[]",
+    multilevel_roi_pool_backward_reference,
+    "fpn_kernels.triton.roi_pool:launch_multilevel_roi_pool_backward",
+    _backward_fake,
+)
 
 
 def multilevel_roi_pool(
@@ -114,9 +199,8 @@ def multilevel_roi_pool(
         kernels mask such RoIs.
     """
     check_pooling(features, rois, counts, output_size, strides)
-    return multilevel_roi_pool_reference(
-        features, rois, counts, output_size, strides, min_level, canonical_level, canonical_size
-    )
+    form = (list(strides), min_level, canonical_level, canonical_size)
+    return _roi_pool(rois.device, list(features), rois, counts, output_size, *form)
 
 
 def roi_pool(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int, spatial_scale: float = 1.0) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpn_kernels.checks import FLOATS, require, require_dtype, require_shape
+from fpn_kernels.checks import FLOATS, require, require_device, require_dtype, require_shape
+from fpn_kernels.registration import Op
 
 _LOW_32_BITS = (1 << 32) - 1
 
@@ -56,6 +57,22 @@ def select_topk_reference(objectness: Sequence[Tensor], k: int) -> tuple[Tensor,
     return torch.cat(logits, dim=1), torch.cat(indices, dim=1), torch.cat(levels)
 
 
+def _fake(objectness: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, first = len(objectness[0]), objectness[0]
+    slots = sum(level_slots([level.shape[1] * level.shape[2] * level.shape[3] for level in objectness], k))
+    indices = first.new_empty(n, slots, dtype=torch.int64)
+    return first.new_empty(n, slots, dtype=torch.float32), indices, first.new_empty(slots, dtype=torch.int64)
+
+
+_select_topk = Op(
+    "select_topk",
+    "(Tensor[] objectness, int k) -> (Tensor, Tensor, Tensor)",
+    select_topk_reference,
+    "fpn_kernels.triton.selection:launch_select_topk",
+    _fake,
+)
+
+
 def select_topk(objectness: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k anchors of highest objectness on each level of each image.
 
@@ -76,4 +93,5 @@ def select_topk(objectness: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, T
     for level in objectness:
         require_shape("objectness", level, n, a, None, None)
         require_dtype("objectness", level, *FLOATS)
-    return select_topk_reference(objectness, k)
+    require_device(**{f"objectness[{i}]": level for i, level in enumerate(objectness)})
+    return _select_topk(objectness[0].device, list(objectness), k)

@@ -13,14 +13,15 @@ class Build:
 
     Attributes:
         kernel: the ``triton.jit`` function. variant: what sets this build apart from others of it.
-        signature: the type of each argument that is not a constant, such as "*fp32" or "i32", in order.
+        signature: the type of each argument that is not a constant, such as "*fp32" or "i32", in order; of a tuple,
+            its elements' types.
         constants: the value of each ``tl.constexpr``.
         num_warps, num_stages: as launched. divisible: arguments that are known to be multiples of 16.
     """
 
     kernel: Any
     variant: str = ""
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3

@@ -205,7 +205,9 @@ def resolve_kernel(
             before = tl.load(bits + row + earlier // 32, mask=(slots < count)[:, None], other=0)
             known = tl.load(kept_words + image * (CHUNK // 32) + word)
             eligible &= tl.max(((before & known[None, :]) != 0).to(tl.int32), axis=1) == 0
-        among = tl.load(bits + row + base // 32, mask=(slots < count)[:, None], other=0)
+        # Words beyond the diagonal belong to worse boxes and were never written.
+        better = (slots < count)[:, None] & (base + 32 * tl.arange(0, words)[None, :] <= slots[:, None])
+        among = tl.load(bits + row + base // 32, mask=better, other=0)
         alone = eligible
         packed = tl.zeros([words], tl.int32)
         changed = 1
