@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fpn_engine.backends.ort import OrtHead, OrtTrunk, runtime_version
+from fpn_engine.backends.loading import load_parts
 from fpn_engine.detections import Detections
-from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError, ProposalError
+from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, ProposalError
 from fpn_engine.images import to_array
 from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Proposals, Thresholds
-from fpn_engine.plan import Manifest, Plan, read_plan, rebuild_hint
+from fpn_engine.plan import Plan, read_plan
 from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"
-TRUNK, HEAD = "trunk.onnx", "head.onnx"
 
 
 class Outcome(NamedTuple):
@@ -64,11 +63,8 @@ class Engine:
 
         Raises: PlanError if it was built for something else than what is here.
         """
-        _check_fit(plan.manifest)
-        spec = plan.manifest.spec
-        trunk = OrtTrunk(plan.parts[TRUNK], spec, threads)
-        head = OrtHead(plan.parts[HEAD], threads) if spec.has_box_head else None
-        return cls(Pipeline(spec, trunk, head), batch_size=batch_size)
+        trunk, head = load_parts(plan, threads)
+        return cls(Pipeline(plan.manifest.spec, trunk, head), batch_size=batch_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None) -> Self:
@@ -245,21 +241,6 @@ class Engine:
             image_size=(image.shape[0], image.shape[1]),
             categories=self.spec.categories,
         )
-
-
-def _check_fit(manifest: Manifest) -> None:
-    """Raise PlanError, naming the field, if a plan was built for something else than what is here."""
-    installed = runtime_version()
-    built = manifest.versions.get("onnxruntime", "none")
-    rebuild = rebuild_hint(manifest)
-    if manifest.backend != "onnxruntime" or manifest.precision != "fp32" or manifest.device != "cpu":
-        kind = f"{manifest.backend} {manifest.precision} on {manifest.device}"
-        raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild}")
-    if built.split(".")[:2] != installed.split(".")[:2]:
-        raise PlanError(f"the plan was built with onnxruntime {built}, installed is {installed}; {rebuild}")
-    needed = [HEAD, TRUNK] if manifest.spec.has_box_head else [TRUNK]
-    if sorted(manifest.parts) != needed:
-        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {' and '.join(needed)}; {rebuild}")
 
 
 def _ratio(of: Sequence[int], to: Sequence[int]) -> NDArray[np.float32]:

@@ -187,15 +187,18 @@ def _read_stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return archive.read(info)
 
 
-def rebuild_hint(manifest: Manifest) -> str:
-    """The command that makes the plan anew."""
-    return _rebuild_from(manifest.source)
+def rebuild_hint(manifest: Manifest, *, precision: str | None = None) -> str:
+    """The command that makes the plan anew, in another ``precision`` if one is given."""
+    precision = precision or manifest.precision
+    if precision == "bf16":  # which only the native backend runs
+        return _rebuild_from(manifest.source, " --precision bf16")
+    return _rebuild_from(manifest.source, " --backend native" if manifest.backend == "native" else "")
 
 
-def _rebuild_from(source: str) -> str:
+def _rebuild_from(source: str, options: str = "") -> str:
     source = source if source.isprintable() else "model.onnx"
     option = NAMED_SOURCE if source.startswith(NAMED_SOURCE) else ""
-    return f"build it again with: fpn-engine build {option}{shlex.quote(source.removeprefix(option))}"
+    return f"build it again with: fpn-engine build {option}{shlex.quote(source.removeprefix(option))}{options}"
 
 
 def _require_type(name: str, value: object, kind: type) -> None:

@@ -12,20 +12,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 import onnxruntime as ort
+import torch
 from onnx import ModelProto
 
 import fpn_engine
-from fpn_engine.backends.ort import PROVIDERS, session_options
-from fpn_engine.errors import FpnEngineError, ModelError, PlanError
+from fpn_engine.backends.loading import BACKENDS, PRECISIONS
+from fpn_engine.backends.native.cpu_convolution import has_bfloat16
+from fpn_engine.backends.native.parts import NativeTrunk, unpack_part
+from fpn_engine.backends.ort import TRUNK, OrtTrunk
+from fpn_engine.errors import BackendError, FpnEngineError, ModelError, PlanError
 from fpn_engine.files import remove_stale, unusable_cache
 from fpn_engine.locks import alone_on
 from fpn_engine.plan import FORMAT_VERSION, Manifest, read_plan, write_plan
 from fpn_engine.spec import ModelSpec
+from fpn_export.contest import hold_contest
+from fpn_export.native.parts import make_native_parts
 from fpn_export.onnx_cut import cut_head, cut_trunk
 from fpn_export.onnx_file import parse_onnx, read_bytes
+from fpn_export.ort_parts import make_ort_parts
 
-BACKEND = "onnxruntime"
-PRECISION = "fp32"
+AUTO = "auto"
+CHOICES = (AUTO, *BACKENDS)
+Steps = Callable[[str], None]
 
 
 class Built(NamedTuple):
@@ -40,11 +48,17 @@ def build_plan(
     model_path: Path,
     plan_path: Path,
     *,
+    backend: str = AUTO,
+    precision: str = "fp32",
     force: bool = False,
     source: str | None = None,
-    on_progress: Callable[[str], None] = lambda step: None,
+    on_progress: Steps = lambda step: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Cut, optimise and write the plan for an ONNX file.
+
+    ``backend`` "onnxruntime" or "native" is taken as it is. "auto" times both at fp32 and takes the faster, which
+    ``on_note`` is told in one line; at "bf16" it is native, the one that runs it.
 
     A sound plan already there with the same build key (the file's digest, the options and the versions) is left as it
     is. Builds of one plan wait for each other; an interrupted build leaves the old plan or none. ``source`` is what
@@ -52,6 +66,7 @@ def build_plan(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
+    chosen = _settle(backend, precision)
     if os.path.isdir(plan_path):
         raise PlanError(f"cannot write {plan_path}: it is a folder; give the name of a file")
     if os.path.realpath(plan_path) == os.path.realpath(model_path):
@@ -59,35 +74,97 @@ def build_plan(
     with _alone(plan_path, on_progress) as work:
         on_progress("read")
         data = read_bytes(model_path)
-        key = build_key(hashlib.sha256(data).hexdigest())
+        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision)
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
         model, spec = parse_onnx(model_path, data)
         on_progress("cut")
-        parts = {}
-        for name, part in _cut(model_path, model, spec).items():
-            on_progress(f"optimise {name}")
-            parts[f"{name}.onnx"] = _optimise(model_path, part.SerializeToString(), work / f"{name}.onnx")
+        maker = _PartMaker(model_path, _cut(model_path, model, spec), spec, precision, work, on_progress)
+        made = _make_faster(maker, on_note) if chosen == AUTO else Made(chosen, maker.make(chosen))
         on_progress("write")
         manifest = Manifest(
             spec=spec,
-            backend=BACKEND,
-            precision=PRECISION,
+            backend=made.backend,
+            precision=precision,
             device="cpu",
-            versions=_versions(),
+            versions=_versions(made.backend),
             build_key=key,
             source=source or model_path.name,
         )
-        return Built(plan_path, write_plan(plan_path, manifest, parts), cached=False)
+        return Built(plan_path, write_plan(plan_path, manifest, made.parts), cached=False)
 
 
-def _versions() -> dict[str, str]:
-    return {"fpn-engine": fpn_engine.__version__, "onnxruntime": ort.__version__}
+class Made(NamedTuple):
+    """The parts of a plan and the backend that they are for."""
+
+    backend: str
+    parts: dict[str, bytes]
 
 
-def build_key(digest: str) -> str:
+class _PartMaker(NamedTuple):
+    """Makes the parts of one model for any backend."""
+
+    path: Path
+    networks: dict[str, ModelProto]
+    spec: ModelSpec
+    precision: str
+    work: Path
+    on_progress: Steps
+
+    def make(self, backend: str) -> dict[str, bytes]:
+        if backend == "native":
+            return make_native_parts(self.path, self.networks, self.spec, self.precision, self.on_progress)
+        return make_ort_parts(self.path, self.networks, self.work, self.on_progress)
+
+
+def _settle(backend: str, precision: str) -> str:
+    """The backend that is left by the precision. Raises BackendError for what does not go together or is not here."""
+    for what, given, known in (("backend", backend, CHOICES), ("precision", precision, PRECISIONS)):
+        if given not in known:
+            raise BackendError(f"there is no {what} {given!r}; take one of {', '.join(known)}")
+    if precision == "fp32":
+        return backend
+    if backend == "onnxruntime":
+        raise BackendError(f"the onnxruntime backend does not run {precision}; take --backend native or fp32")
+    if not has_bfloat16():
+        raise BackendError("this processor or this torch cannot convolve in bf16; build with --precision fp32")
+    return "native"
+
+
+def _make_faster(maker: _PartMaker, on_note: Callable[[str], None]) -> Made:
+    """The parts for the backend that runs the trunk faster here; ONNX Runtime's where native lacks an operator."""
+    made = {"onnxruntime": maker.make("onnxruntime")}
+    try:
+        made["native"] = maker.make("native")
+    except (ModelError, BackendError) as error:
+        on_note(f"taking onnxruntime: {error}")
+        return Made("onnxruntime", made["onnxruntime"])
+    maker.on_progress("time")
+    verdict = hold_contest(
+        {
+            "onnxruntime": OrtTrunk(made["onnxruntime"][TRUNK], maker.spec),
+            "native": NativeTrunk(*unpack_part("trunk", made["native"]), maker.spec),
+        },
+        maker.spec,
+    )
+    on_note(verdict.reason)
+    return Made(verdict.backend, made[verdict.backend])
+
+
+def _versions(backend: str) -> dict[str, str]:
+    """The versions that a plan for ``backend`` is noted with; of both for "auto"."""
+    versions = {"fpn-engine": fpn_engine.__version__}
+    if backend != "native":
+        versions["onnxruntime"] = ort.__version__
+    if backend != "onnxruntime":
+        versions["torch"] = str(torch.__version__)
+    return versions
+
+
+def build_key(digest: str, backend: str = AUTO, precision: str = "fp32") -> str:
     """Digest of all that goes into a build: the ``digest`` of the file it begins with, the options and the versions."""
-    inputs = {"onnx": digest, "backend": BACKEND, "precision": PRECISION, "format": FORMAT_VERSION, **_versions()}
+    options = {"backend": backend, "precision": precision}
+    inputs = {"onnx": digest, **options, "format": FORMAT_VERSION, **_versions(backend)}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -122,18 +199,3 @@ def _cut(path: Path, model: ModelProto, spec: ModelSpec) -> dict[str, ModelProto
         return trunk | {"head": cut_head(model, spec)} if spec.has_box_head else trunk
     except (ModelError, ValueError) as error:  # onnx raises ValueError for a graph that hangs together badly
         raise ModelError(f"cannot cut {path}: {error}") from None
-
-
-def _optimise(path: Path, model: bytes, optimised: Path) -> bytes:
-    """ONNX Runtime's graph optimisation up to the level that does not depend on the processor."""
-    options = session_options()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(optimised)
-    try:
-        ort.InferenceSession(model, options, providers=PROVIDERS)
-        return optimised.read_bytes()
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"ONNX Runtime {ort.__version__} cannot optimise {path} ({reason}); export it again or free some disk space"
-        ) from None

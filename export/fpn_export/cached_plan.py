@@ -11,19 +11,20 @@ from fpn_engine.errors import FpnEngineError
 from fpn_engine.files import cache_folder, replacing
 from fpn_engine.locks import alone_on
 from fpn_engine.plan import NAMED_SOURCE, read_plan
-from fpn_export.build import build_key, build_plan
+from fpn_export.build import AUTO, build_key, build_plan
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.onnx_export import export_onnx
 
 FOLDER = "plans"
 
 
-def find_cached(name: str, digest: str) -> Path | None:
+def find_cached(name: str, digest: str, backend: str = AUTO, precision: str = "fp32") -> Path | None:
     """The plan of the model ``name`` if it is there, is sound, and was built by these versions.
 
-    Args: digest: of the checkpoint, or how it begins.
+    Args: digest: of the checkpoint, or how it begins. backend, precision: as :func:`fpn_export.build.build_plan` has
+        them.
     """
-    path = _locate(name, digest)
+    path = _locate(name, digest, backend, precision)
     try:
         read_plan(path)
     except FpnEngineError:
@@ -36,17 +37,20 @@ def make_cached(
     digest: str,
     checkpoint: Path,
     *,
+    backend: str = AUTO,
+    precision: str = "fp32",
     force: bool = False,
     on_progress: Callable[[str], None] = lambda step: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Export and build the plan that :func:`find_cached` finds; of two processes one works, the other waits.
 
-    Args: force: build it even if it is there.
+    Args: force: build it even if it is there. The others as build_plan has them.
     Raises: FpnEngineError as load_checkpoint, export_onnx and build_plan do, and if the cache cannot be written.
     """
-    plan = _locate(name, digest)
+    plan = _locate(name, digest, backend, precision)
     with alone_on(plan, FOLDER, lambda: on_progress("wait for another process that builds it")):
-        if not force and (found := find_cached(name, digest)):
+        if not force and (found := find_cached(name, digest, backend, precision)):
             return found
         on_progress("read")
         loaded = load_checkpoint(checkpoint)
@@ -54,10 +58,19 @@ def make_cached(
         try:
             with replacing(model) as temporary:
                 onnx.save(export_onnx(loaded.model, loaded.spec, on_progress=on_progress), str(temporary))
-            return build_plan(model, plan, force=True, source=NAMED_SOURCE + name, on_progress=on_progress).path
+            return build_plan(
+                model,
+                plan,
+                backend=backend,
+                precision=precision,
+                force=True,
+                source=NAMED_SOURCE + name,
+                on_progress=on_progress,
+                on_note=on_note,
+            ).path
         finally:
             model.unlink(missing_ok=True)
 
 
-def _locate(name: str, digest: str) -> Path:
-    return cache_folder() / FOLDER / f"{name}-{build_key(digest)[:16]}.plan"
+def _locate(name: str, digest: str, backend: str, precision: str) -> Path:
+    return cache_folder() / FOLDER / f"{name}-{build_key(digest, backend, precision)[:16]}.plan"

@@ -27,6 +27,7 @@ from fpn_export.build import build_plan
 from fpn_export.cached_plan import make_cached
 from fpn_export.detector import FasterRCNN
 from fpn_export.onnx_export import export_onnx
+from tests.contest import settle_contest
 from tests.threads import one_thread
 
 __all__ = ["one_thread"]
@@ -106,6 +107,7 @@ def stand_in(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundled:
         patch.setenv("FPN_ENGINE_CACHE", str(folder / "cache"))
         patch.setattr(bundled_module, "CHECKPOINT", checkpoint)
         export_at_once(patch, tiny)
+        settle_contest(patch)
         return Bundled(checkpoint, make_cached("demo", bundled_module.hash_bundled(), checkpoint))
 
 
@@ -134,7 +136,7 @@ def bundled(stand_in: Bundled, workplace: Path, monkeypatch: pytest.MonkeyPatch)
 def build(model: Path, plan: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FPN_ENGINE_CACHE", str(model.parent / "cache"))
-        build_plan(model, plan)
+        build_plan(model, plan, backend="onnxruntime")
 
 
 def make_picture(height: int, width: int, seed: int = 0) -> Pixels:
@@ -157,6 +159,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes that a test starts, as of this one
+    settle_contest(monkeypatch)
     for variable in ("FPN_ENGINE_PLAN", "FPN_ENGINE_DEBUG", "COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(variable, raising=False)
     return folder

@@ -22,6 +22,7 @@ from fpn_engine.named import NamedModel
 from fpn_engine.plan import read_plan
 from fpn_export import bundled as bundled_module
 from fpn_export import published
+from tests.contest import CHOICE
 from tests.engine.conftest import SPEC, Bundled, Run, Tiny, export_at_once, save_picture
 from tests.engine.test_cli_faults import COMMAND, PATIENCE, assert_one_sentence, size, wait_until
 from tests.engine.web import Web, serving
@@ -132,7 +133,7 @@ def test_a_published_model_is_fetched_and_built_once(
     specs = export_at_once(monkeypatch, tiny)
     url = f"{shelf.web.url}/models/{shelf.model.file_name}"
     first = run("infer", "a.png", "--model", "tiny", "--json")
-    assert (first.code, first.err) == (0, f"downloading {url} (45 MB) to {shelf.place}, once\n")
+    assert (first.code, first.err) == (0, f"downloading {url} (45 MB) to {shelf.place}, once\n{CHOICE}\n")
     assert shelf.web.served == shelf.place.stat().st_size
     (spec,) = specs
     assert (spec.categories, spec.batch_norm_eps) == (SPEC.categories, 0)

@@ -78,7 +78,7 @@ def plan(folder: Path) -> Path:
 def build_here(model: Path, plan: Path, **options: Any) -> tuple[bool, list[str]]:
     """Build and say whether the plan was kept, and the steps."""
     steps: list[str] = []
-    built = build_plan(model, plan, on_progress=steps.append, **options)
+    built = build_plan(model, plan, on_progress=steps.append, **{"backend": "onnxruntime", **options})
     assert built.path == plan
     assert built.manifest == read_plan(plan).manifest
     return built.cached, steps
@@ -155,7 +155,7 @@ def test_damaged_plan_is_built_again(folder: Path, model: Path, plan: Path, dama
 
 def refuse(model: Path, plan: Path, *words: str) -> None:
     with pytest.raises(FpnEngineError) as caught:
-        build_plan(model, plan)
+        build_plan(model, plan, backend="onnxruntime")
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
@@ -229,7 +229,8 @@ def _build_in_process(model: Path, plan: Path, cache: Path, log: Path, act: Call
         act(name)
 
     try:
-        step("kept" if build_plan(model, plan, force="force" in log.name, on_progress=step).cached else "built")
+        built = build_plan(model, plan, backend="onnxruntime", force="force" in log.name, on_progress=step)
+        step("kept" if built.cached else "built")
     except KeyboardInterrupt:
         step("interrupted")
 

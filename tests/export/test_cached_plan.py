@@ -17,11 +17,12 @@ from fpn_engine.plan import read_plan, rebuild_hint
 from fpn_export import cached_plan
 from fpn_export.bundled import hash_bundled
 from fpn_export.cached_plan import FOLDER, find_cached, make_cached
+from tests.contest import settle_contest
 from tests.export.conftest import SPEC
 
 PATIENCE = 60.0
 CHECKPOINT = Path("model.pth")
-BUILD = ["cut", "optimise trunk", "optimise head", "write"]
+BUILD = ["cut", "optimise trunk", "optimise head", "lower trunk", "lower head", "time", "write"]
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: ModelProto
         return SimpleNamespace(model=None, spec=SPEC)
 
     monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path / "cache"))
+    settle_contest(monkeypatch)
     monkeypatch.setattr(cached_plan, "load_checkpoint", load)
     monkeypatch.setattr(cached_plan, "export_onnx", lambda model, spec, on_progress: stand_in)
     return tmp_path / "cache" / "plans"

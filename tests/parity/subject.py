@@ -53,17 +53,26 @@ class Subject:
 
     @cached_property
     def plan(self) -> Plan:
+        return self.build("onnxruntime")
+
+    @cached_property
+    def native_plan(self) -> Plan:
+        return self.build("native")
+
+    def build(self, backend: str, precision: str = "fp32") -> Plan:
+        """A new plan for a backend."""
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setenv("FPN_ENGINE_CACHE", folder)
             model_path, plan_path = Path(folder) / "model.onnx", Path(folder) / "model.plan"
             model_path.write_bytes(self.onnx_model.SerializeToString())
-            build_plan(model_path, plan_path)
+            build_plan(model_path, plan_path, backend=backend, precision=precision)
             return read_plan(plan_path)
 
-    def engine(self, *, batch_size: int = 1, **changes: Any) -> Engine:
-        """The plan, loaded, with fields of its spec changed; none that the cut parts depend on."""
-        manifest = dataclasses.replace(self.plan.manifest, spec=dataclasses.replace(self.spec, **changes))
-        return Engine.from_plan(Plan(manifest, self.plan.parts), batch_size=batch_size)
+    def engine(self, *, batch_size: int = 1, plan: Plan | None = None, **changes: Any) -> Engine:
+        """The plan, or another one, loaded, with fields of its spec changed; none that the cut parts depend on."""
+        plan = plan or self.plan
+        manifest = dataclasses.replace(plan.manifest, spec=dataclasses.replace(self.spec, **changes))
+        return Engine.from_plan(Plan(manifest, plan.parts), batch_size=batch_size)
 
     def oracle(self, **changes: Any) -> Oracle:
         spec = dataclasses.replace(self.spec, **changes)

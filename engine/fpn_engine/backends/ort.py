@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fpn_engine.backends import TrunkOutput
-from fpn_engine.errors import BackendError
+from fpn_engine.errors import BackendError, PlanError
+from fpn_engine.plan import Manifest, Plan, rebuild_hint
 from fpn_engine.spec import ModelSpec
 
+TRUNK, HEAD = "trunk.onnx", "head.onnx"
 PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3  # ONNX Runtime's log level; its warnings are about its own optimiser
 
@@ -76,3 +78,29 @@ class OrtHead:
         rows = roi_features.permute(0, 2, 3, 1).flatten(1)
         class_logits, box_deltas = _run(self._session, "roi_rows", rows)
         return class_logits, box_deltas
+
+
+def check_ort(manifest: Manifest) -> None:
+    """Raise PlanError, naming the field, if an ONNX Runtime plan does not fit what is here.
+
+    It is tied to the first two numbers of ONNX Runtime's version, whose optimiser wrote the graphs.
+    """
+    installed = runtime_version()
+    built = manifest.versions.get("onnxruntime", "none")
+    rebuild = rebuild_hint(manifest)
+    if manifest.precision != "fp32" or manifest.device != "cpu":
+        kind = f"{manifest.backend} {manifest.precision} on {manifest.device}"
+        raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild}")
+    if built.split(".")[:2] != installed.split(".")[:2]:
+        raise PlanError(f"the plan was built with onnxruntime {built}, installed is {installed}; {rebuild}")
+    needed = [HEAD, TRUNK] if manifest.spec.has_box_head else [TRUNK]
+    if sorted(manifest.parts) != needed:
+        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {' and '.join(needed)}; {rebuild}")
+
+
+def load_ort(plan: Plan, threads: int | None = None) -> tuple[OrtTrunk, OrtHead | None]:
+    """Make the parts of an ONNX Runtime plan ready. Raises PlanError or BackendError if they do not fit."""
+    check_ort(plan.manifest)
+    spec = plan.manifest.spec
+    trunk = OrtTrunk(plan.parts[TRUNK], spec, threads)
+    return trunk, OrtHead(plan.parts[HEAD], threads) if spec.has_box_head else None

@@ -14,7 +14,10 @@ from fpn_engine.cli.console import emit, refuse_folder, show
 from fpn_engine.errors import FpnEngineError
 
 if TYPE_CHECKING:
+    from fpn_engine.plan import Plan
     from fpn_engine.spec import ModelSpec
+
+ORDINARY = (480, 640)  # the shape of most photographs
 
 
 def info(
@@ -65,7 +68,8 @@ def _is_plan(path: Path) -> bool:
 def _describe_plan(path: Path) -> dict[str, Any]:
     from fpn_engine.plan import read_plan
 
-    manifest = read_plan(path).manifest
+    plan = read_plan(path)
+    manifest = plan.manifest
     return {
         "kind": "plan",
         "file": str(path),
@@ -76,8 +80,25 @@ def _describe_plan(path: Path) -> dict[str, Any]:
         "device": manifest.device,
         "built with": manifest.versions,
         "built from": manifest.source,
+        **({"trunk memory": _describe_memory(plan)} if manifest.backend == "native" else {}),
         "spec": manifest.spec.to_dict(),
     }
+
+
+def _describe_memory(plan: Plan) -> dict[str, Any]:
+    """Bytes of what lies between the image of one ordinary photograph and the maps."""
+    from fpn_engine.backends.native.parts import plan_trunk_memory
+    from fpn_engine.errors import PlanError
+    from fpn_engine.plan import rebuild_hint
+    from fpn_engine.resizing import padded_size, resized_size
+
+    spec = plan.manifest.spec
+    size = padded_size(resized_size(*ORDINARY, spec.min_size, spec.max_size), spec.size_divisor)
+    try:
+        memory = plan_trunk_memory(plan, 1, size)
+    except ValueError as error:
+        raise PlanError(f"the plan is damaged: {error}; {rebuild_hint(plan.manifest)}") from None
+    return {"height": size[0], "width": size[1], "bytes": memory.arena_bytes, "without reuse": memory.total_bytes}
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:
@@ -111,6 +132,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("runs on", f"{facts['backend']} {facts['precision']}, {facts['device'].upper()}"))
         rows.append(("built with", ", ".join(f"{name} {version}" for name, version in facts["built with"].items())))
         rows.append(("built from", facts["built from"]))
+        if memory := facts.get("trunk memory"):
+            size = f"{memory['height']} x {memory['width']}"
+            used, whole = (f"{memory[key] / 1e6:.1f} MB" for key in ("bytes", "without reuse"))
+            rows.append(("trunk buffers", f"{used} for one image of {size}, {whole} if none were used again"))
     else:
         rows.append(("format", f"opset {facts['opset']}, IR {facts['ir_version']}, {facts['nodes']} nodes"))
         rows.append(("written by", facts["written by"]))

@@ -40,7 +40,7 @@ def choose_plan(plan: Path | None, model: str | None, *, default: str | None = N
     return path
 
 
-def plan_of_model(name: str, *, force: bool = False) -> Path:
+def plan_of_model(name: str, *, backend: str = "auto", precision: str = "fp32", force: bool = False) -> Path:
     """The cached plan of a named model; fetched, exported and built first if it is not there."""
     from fpn_engine.named import find_model
     from fpn_export.bundled import CHECKPOINT, hash_bundled
@@ -48,11 +48,20 @@ def plan_of_model(name: str, *, force: bool = False) -> Path:
 
     model = find_model(name)
     digest = model.digest if model.file_name else hash_bundled()
-    if not force and (found := find_cached(model.name, digest)):
+    if not force and (found := find_cached(model.name, digest, backend, precision)):
         return found
     checkpoint = _fetch(model) if model.file_name else CHECKPOINT
     with steps(f"preparing the {model.name} model, once") as step:
-        return make_cached(model.name, digest, checkpoint, force=force, on_progress=step)
+        return make_cached(
+            model.name,
+            digest,
+            checkpoint,
+            backend=backend,
+            precision=precision,
+            force=force,
+            on_progress=step,
+            on_note=note,
+        )
 
 
 def _fetch(model: NamedModel) -> Path:

@@ -1,0 +1,5 @@
+"""The native backend: a network as a short list of fused operations over NHWC buffers in one planned arena."""
+
+from fpn_engine.backends.native.parts import NativeHead, NativeTrunk, load_native
+
+__all__ = ["NativeHead", "NativeTrunk", "load_native"]

@@ -1,0 +1,151 @@
+"""Convolution on a CPU: oneDNN with all that follows it, and what it shares with the other operations there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpn_engine.backends.native.ops import UNIT, Activation, Conv, Padding, Pair
+
+Run = Callable[[Sequence[Tensor], Tensor | None], Tensor]
+Weights = Mapping[str, Tensor]
+Alone = Callable[[Tensor], Tensor]
+Onto = Callable[[Tensor, Tensor], None]
+# What oneDNN calls the activations that it applies within a convolution.
+_FUSED = {"none": "none", "relu": "relu", "clip": "hardtanh", "sigmoid": "sigmoid", "hardswish": "hardswish"}
+
+
+@cache
+def has_fused_convolution() -> bool:
+    """Whether this torch has oneDNN's convolution with what follows it, on which inductor builds too."""
+    x, weight = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    geometry = ([0, 0], [1, 1], [1, 1])
+    try:
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, 1, None)
+        y = torch.ops.mkldnn._convolution_pointwise(x, packed, None, *geometry, 1, "relu", [], "")
+        torch.ops.mkldnn._convolution_pointwise_.binary(y, x, packed, None, *geometry, 1, "add", 1.0, "relu", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return float(y) == 2.0
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the processor and this torch convolve in bfloat16."""
+    try:
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def make_convolution(op: Conv, weights: Weights, fused: bool) -> Run:
+    """The function of a convolution; ``fused`` lets oneDNN apply the activation, and its ReLU makes 0 of NaN."""
+    weight = nchw(weights[op.weight])
+    bias = None if op.bias is None else weights[op.bias]
+    whole = is_symmetric(op.padding)
+    padding = list(op.padding[:2]) if whole else [0, 0]
+    convolve = _fused_convolution if fused else _plain_convolution
+    convolve_alone, add_convolution = convolve(op, weight, bias, padding)
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        x = nchw(inputs[0])
+        if not whole:
+            x = pad(x, op.padding, 0.0)
+        if len(inputs) == 1:
+            return convolve_alone(x).permute(0, 2, 3, 1).contiguous()
+        residual = inputs[1]
+        if op.upsample != UNIT:
+            out = upsample_into(residual, op.upsample, out)
+        elif out is None or out.data_ptr() != residual.data_ptr():
+            out = residual.clone() if out is None else out.copy_(residual)
+        add_convolution(nchw(out), x)
+        return out
+
+    return run
+
+
+def _fused_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: list[int]) -> tuple[Alone, Onto]:
+    """The convolution by itself, and added to what its output holds already, both by oneDNN in one go."""
+    geometry = (padding, list(op.stride), list(op.dilation), op.groups)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(
+        weight.contiguous(memory_format=torch.channels_last), padding, list(op.stride), list(op.dilation), op.groups
+    )
+    kind = op.activation.kind
+    bounds = [op.activation.low, op.activation.high] if kind == "clip" else []
+    relu = "relu" if kind == "relu" else None
+
+    def alone(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, _FUSED[kind], bounds, "")
+
+    def onto(out: Tensor, x: Tensor) -> None:
+        torch.ops.mkldnn._convolution_pointwise_.binary(out, x, packed, bias, *geometry, "add", 1.0, relu, [], "")
+        if relu is None:
+            activate_(out, op.activation)
+
+    return alone, onto
+
+
+def _plain_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: list[int]) -> tuple[Alone, Onto]:
+    """The same step by step, where torch comes without oneDNN."""
+
+    def convolve(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, op.stride, padding, op.dilation, op.groups)
+
+    def onto(out: Tensor, x: Tensor) -> None:
+        activate_(out.add_(convolve(x)), op.activation)
+
+    return lambda x: activate_(convolve(x), op.activation), onto
+
+
+def activate_(x: Tensor, activation: Activation) -> Tensor:
+    """Apply the activation in place."""
+    match activation.kind:
+        case "relu":
+            return x.relu_()
+        case "clip":
+            return x.clamp_(activation.low, activation.high)
+        case "sigmoid":
+            return x.sigmoid_()
+        case "hardswish":
+            return F.hardswish(x, inplace=True)
+    return x
+
+
+def nchw(x: Tensor) -> Tensor:
+    """(N, H, W, C) as torch's (N, C, H, W) in channels_last order."""
+    return x.permute(0, 3, 1, 2)
+
+
+def spread(coarse: Tensor, scale: Pair) -> Tensor:
+    """(N, H, W, C) as (N, H, 1, W, 1, C), which broadcasts over cells of ``scale``."""
+    return coarse if scale == UNIT else coarse[:, :, None, :, None, :]
+
+
+def cells(x: Tensor, scale: Pair) -> Tensor:
+    """(N, H, W, C) as (N, H / scale[0], scale[0], W / scale[1], scale[1], C)."""
+    n, h, w, c = x.shape
+    return x if scale == UNIT else x.view(n, h // scale[0], scale[0], w // scale[1], scale[1], c)
+
+
+def upsample_into(coarse: Tensor, scale: Pair, out: Tensor | None) -> Tensor:
+    """Repeat each cell, into ``out`` or a new tensor."""
+    n, h, w, c = coarse.shape
+    if out is None:
+        out = coarse.new_empty(n, h * scale[0], w * scale[1], c)
+    cells(out, scale).copy_(spread(coarse, scale))
+    return out
+
+
+def pad(x: Tensor, padding: Padding, value: float) -> Tensor:
+    """Pad an NCHW view, in NHWC order."""
+    top, left, bottom, right = padding
+    return F.pad(x.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom), value=value).permute(0, 3, 1, 2)
+
+
+def is_symmetric(padding: Padding) -> bool:
+    """Whether both sides are padded alike, as torch has it."""
+    return padding[:2] == padding[2:]

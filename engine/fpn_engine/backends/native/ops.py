@@ -1,0 +1,262 @@
+"""The operations of a network as plain data: what a plan stores and an executor runs.
+
+Every value is (N, H, W, C), dense, or rows (R, F). Convolutions are those of He et al. 2016 with all that follows them
+in one: bias, residual and activation; a residual that is upsampled first makes it a lateral connection with its
+top-down addition (Lin et al. 2017, sec. 3, fig. 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+DTYPES = (FLOAT32, BFLOAT16)
+ACTIVATIONS = ("none", "relu", "clip", "sigmoid", "hardswish")
+UNIT = (1, 1)
+
+Pair = tuple[int, int]
+Padding = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """An elementwise function.
+
+    ``low`` and ``high`` are the bounds of "clip"; "hardswish" is x clip(x + 3, 0, 6) / 6.
+    """
+
+    kind: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATIONS:
+            raise ValueError(f"an activation is one of {', '.join(ACTIVATIONS)}, not {self.kind!r}")
+
+
+NONE, RELU = Activation(), Activation(kind="relu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One step: reads ``inputs``, makes ``output``; every name is made once.
+
+    ``KIND`` is its name in a plan. ``IN_PLACE`` are the inputs that an executor may overwrite with the output, the best
+    first. ``VIEW`` says that the output is the input's memory.
+    """
+
+    KIND: ClassVar[str]
+    IN_PLACE: ClassVar[tuple[int, ...]] = ()
+    VIEW: ClassVar[bool] = False
+    ARITY: ClassVar[tuple[int, int]] = (1, 1)
+
+    inputs: tuple[str, ...]
+    output: str
+
+    def __post_init__(self) -> None:
+        fewest, most = self.ARITY
+        if not fewest <= len(self.inputs) <= most:
+            raise ValueError(f"{self.KIND} has {len(self.inputs)} inputs")
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the stored tensors that it reads."""
+        names = (getattr(self, field, None) for field in ("weight", "bias", "scale", "shift"))
+        return tuple(name for name in names if name is not None)
+
+    @property
+    def in_place(self) -> tuple[int, ...]:
+        """Indices of the inputs that may be overwritten with the output."""
+        return self.IN_PLACE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conv(Op):
+    """Convolution, then bias, then the residual ``inputs[1]`` upsampled by ``upsample``, then the activation.
+
+    ``weight`` is (O, kH, kW, C / groups), ``bias`` (O,). ``padding`` is top, left, bottom, right.
+    """
+
+    KIND: ClassVar[str] = "conv"
+    ARITY: ClassVar[tuple[int, int]] = (1, 2)
+
+    weight: str
+    bias: str | None = None
+    stride: Pair = UNIT
+    padding: Padding = (0, 0, 0, 0)
+    dilation: Pair = UNIT
+    groups: int = 1
+    upsample: Pair = UNIT
+    activation: Activation = NONE
+
+    @property
+    def in_place(self) -> tuple[int, ...]:
+        return (1,) if len(self.inputs) == 2 and self.upsample == UNIT else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear(Op):
+    """Rows (R, F) times ``weight`` (O, F) transposed, plus ``bias`` (O,), then the activation."""
+
+    KIND: ClassVar[str] = "linear"
+
+    weight: str
+    bias: str | None = None
+    activation: Activation = NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaxPool(Op):
+    """Maxima of windows, floor of the output size; padding never wins."""
+
+    KIND: ClassVar[str] = "max_pool"
+
+    kernel: Pair
+    stride: Pair = UNIT
+    padding: Padding = (0, 0, 0, 0)
+    dilation: Pair = UNIT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AveragePool(Op):
+    """Means of windows, floor of the output size; ``count_padding`` counts the zeros around."""
+
+    KIND: ClassVar[str] = "average_pool"
+
+    kernel: Pair
+    stride: Pair = UNIT
+    padding: Padding = (0, 0, 0, 0)
+    count_padding: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalAveragePool(Op):
+    """Means over H and W: (N, 1, 1, C)."""
+
+    KIND: ClassVar[str] = "global_average_pool"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Add(Op):
+    """``inputs[0]`` plus ``inputs[1]`` upsampled by ``upsample``, then the activation.
+
+    Not upsampled, the second may be (N, 1, 1, C).
+    """
+
+    KIND: ClassVar[str] = "add"
+    IN_PLACE: ClassVar[tuple[int, ...]] = (0, 1)
+    ARITY: ClassVar[tuple[int, int]] = (2, 2)
+
+    upsample: Pair = UNIT
+    activation: Activation = NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mul(Op):
+    """Elementwise product; the second factor may be (N, 1, 1, C)."""
+
+    KIND: ClassVar[str] = "mul"
+    IN_PLACE: ClassVar[tuple[int, ...]] = (0, 1)
+    ARITY: ClassVar[tuple[int, int]] = (2, 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affine(Op):
+    """x * ``scale`` + ``shift`` per channel, each (C,), then the activation."""
+
+    KIND: ClassVar[str] = "affine"
+    IN_PLACE: ClassVar[tuple[int, ...]] = (0,)
+
+    scale: str
+    shift: str
+    activation: Activation = NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activate(Op):
+    """The activation alone."""
+
+    KIND: ClassVar[str] = "activate"
+    IN_PLACE: ClassVar[tuple[int, ...]] = (0,)
+
+    activation: Activation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upsample(Op):
+    """Nearest neighbour: output (y, x) is input (y // factor[0], x // factor[1])."""
+
+    KIND: ClassVar[str] = "upsample"
+
+    factor: Pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concat(Op):
+    """Along the channels."""
+
+    KIND: ClassVar[str] = "concat"
+    ARITY: ClassVar[tuple[int, int]] = (1, 1 << 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice(Op):
+    """Channels ``start`` to ``stop``, a view that is not dense: only as an output of the program."""
+
+    KIND: ClassVar[str] = "slice"
+    VIEW: ClassVar[bool] = True
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flatten(Op):
+    """(N, H, W, C) as rows (N, H * W * C)."""
+
+    KIND: ClassVar[str] = "flatten"
+    VIEW: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unflatten(Op):
+    """Rows (R, height * width * C) as (R, height, width, C)."""
+
+    KIND: ClassVar[str] = "unflatten"
+    VIEW: ClassVar[bool] = True
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast(Op):
+    """Another number type."""
+
+    KIND: ClassVar[str] = "cast"
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"a number type is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+
+OPS: tuple[type[Op], ...] = (
+    Conv,
+    Linear,
+    MaxPool,
+    AveragePool,
+    GlobalAveragePool,
+    Add,
+    Mul,
+    Affine,
+    Activate,
+    Upsample,
+    Concat,
+    Slice,
+    Flatten,
+    Unflatten,
+    Cast,
+)

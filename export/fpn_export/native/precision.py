@@ -1,0 +1,79 @@
+"""Precision: the number type of each operation, and the tensors in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_engine.backends.native.cpu import DTYPES
+from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, Cast, Conv, Linear, Op, Slice
+from fpn_engine.backends.native.program import Program
+from fpn_export.native.network import Array, Network
+
+Lowered = tuple[Program, dict[str, Tensor]]
+
+
+def in_float32(network: Network) -> Lowered:
+    """The program and its tensors as they are."""
+    return network.program(), {name: torch.from_numpy(array) for name, array in network.weights.items()}
+
+
+def in_bfloat16(network: Network, float32: Collection[str]) -> Lowered:
+    """bfloat16 throughout, but for the layers that make the outputs ``float32``.
+
+    Those run in float32 on what came before: scores and deltas are ranked and decoded, and rounding them to 8 bits
+    would make ties of what differs. They are the smallest layers of a detector.
+    """
+    exact = _makers(network, float32)
+    casts: dict[str, str] = {}
+    ops: list[Op] = []
+    outputs = list(network.outputs)
+    for op in network.ops:
+        if op.output in exact:
+            (source,) = op.inputs
+            if source not in casts:
+                casts[source] = f"{source}:{FLOAT32}"
+                ops.append(Cast(inputs=(source,), output=casts[source], dtype=FLOAT32))
+            op = dataclasses.replace(op, inputs=(casts[source],))
+        ops.append(op)
+    made_exact = exact | {op.output for op in ops if isinstance(op, Slice) and op.inputs[0] in exact}
+    for name in sorted(set(float32) - made_exact):
+        ops.append(Cast(inputs=(name,), output=f"{name}:{FLOAT32}", dtype=FLOAT32))
+        outputs[outputs.index(name)] = f"{name}:{FLOAT32}"
+    program = Program(input=network.input, input_dtype=BFLOAT16, ops=tuple(ops), outputs=tuple(outputs))
+    return _convert(program, network.weights)
+
+
+def _makers(network: Network, names: Collection[str]) -> set[str]:
+    """The layers of one input, without residual, that make ``names``, or what those are slices of."""
+    makers = network.makers()
+    found = set()
+    for name in names:
+        op = network.ops[makers[name]]
+        if isinstance(op, Slice):
+            op = network.ops[makers[op.inputs[0]]]
+        readers = {other.output for other in network.ops if op.output in other.inputs} - set(names)
+        if isinstance(op, (Conv, Linear)) and len(op.inputs) == 1 and not readers:
+            found.add(op.output)
+    return found
+
+
+def _convert(program: Program, arrays: dict[str, Array]) -> Lowered:
+    """Each tensor in the number type of its reader; one that is read in two types is stored in both."""
+    dtypes = program.dtypes()
+    weights: dict[str, Tensor] = {}
+    ops = []
+    for op in program.ops:
+        dtype = dtypes[op.inputs[0]]
+        renamed: dict[str, Any] = {}
+        for field in ("weight", "bias", "scale", "shift"):
+            if name := getattr(op, field, None):
+                renamed[field] = key = name if dtype == BFLOAT16 else f"{name}:{dtype}"
+                if key not in weights:
+                    weights[key] = torch.from_numpy(arrays[name]).to(DTYPES[dtype])
+        ops.append(dataclasses.replace(op, **renamed))
+    return dataclasses.replace(program, ops=tuple(ops)), weights
