@@ -33,7 +33,7 @@ from tests.parity.torchvision_oracle import Found, match
 
 ROUNDS = 7
 # Of what fp32 finds, bf16 must find this share within these bounds: random weights are not as clear as trained ones.
-BF16_SHARE, BF16_CORNER, BF16_SCORE = 0.6, 8.0, 0.1
+BF16_SHARE, BF16_CORNER, BF16_SCORE = 0.4, 8.0, 0.1
 FULL_SIZE = {"min_size": 800, "max_size": 1333}
 Image = NDArray[np.uint8]
 

@@ -8,7 +8,7 @@ import pytest
 # Read when torch loads its OpenMP: threads that spin while they wait double the suite's time on two shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 # Read when triton is imported, which torch does by itself now and then: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():

@@ -80,7 +80,7 @@ def build_plan(
         model, spec = parse_onnx(model_path, data)
         on_progress("cut")
         maker = _PartMaker(model_path, _cut(model_path, model, spec), spec, precision, work, on_progress)
-        made = _make_faster(maker, on_note) if chosen == AUTO else Made(chosen, maker.make(chosen))
+        made = _make_faster(maker) if chosen == AUTO else Made(chosen, maker.make(chosen))
         on_progress("write")
         manifest = Manifest(
             spec=spec,
@@ -91,14 +91,18 @@ def build_plan(
             build_key=key,
             source=source or model_path.name,
         )
-        return Built(plan_path, write_plan(plan_path, manifest, made.parts), cached=False)
+        written = write_plan(plan_path, manifest, made.parts)
+        if made.reason:
+            on_note(made.reason)
+        return Built(plan_path, written, cached=False)
 
 
 class Made(NamedTuple):
-    """The parts of a plan and the backend that they are for."""
+    """The parts of a plan, the backend that they are for and, if it was not asked for, why it was taken."""
 
     backend: str
     parts: dict[str, bytes]
+    reason: str = ""
 
 
 class _PartMaker(NamedTuple):
@@ -131,14 +135,13 @@ def _settle(backend: str, precision: str) -> str:
     return "native"
 
 
-def _make_faster(maker: _PartMaker, on_note: Callable[[str], None]) -> Made:
+def _make_faster(maker: _PartMaker) -> Made:
     """The parts for the backend that runs the trunk faster here; ONNX Runtime's where native lacks an operator."""
     made = {"onnxruntime": maker.make("onnxruntime")}
     try:
         made["native"] = maker.make("native")
     except (ModelError, BackendError) as error:
-        on_note(f"taking onnxruntime: {error}")
-        return Made("onnxruntime", made["onnxruntime"])
+        return Made("onnxruntime", made["onnxruntime"], f"taking onnxruntime: {error}")
     maker.on_progress("time")
     verdict = hold_contest(
         {
@@ -147,8 +150,7 @@ def _make_faster(maker: _PartMaker, on_note: Callable[[str], None]) -> Made:
         },
         maker.spec,
     )
-    on_note(verdict.reason)
-    return Made(verdict.backend, made[verdict.backend])
+    return Made(verdict.backend, made[verdict.backend], verdict.reason)
 
 
 def _versions(backend: str) -> dict[str, str]:

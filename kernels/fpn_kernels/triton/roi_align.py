@@ -83,7 +83,8 @@ def _visit_row(
             top, bottom, top_weight, bottom_weight = _axis_taps(y1, bin_h, y_bin, y_step, y_grid, height, GRID)
             for x_step in tl.static_range(GRID):
                 tile = _visit_samples(
-                    tile, feature + top * pitch, feature + bottom * pitch, top_weight, bottom_weight,
+                    tile, feature + top * pitch, feature + bottom * pitch,
+                    top_weight * (1.0 / (GRID * GRID)), bottom_weight * (1.0 / (GRID * GRID)),
                     x1, bin_w, x_bin, x_step, x_grid, width, columns, mask, C, GRID, IS_BACKWARD,
                 )  # fmt: skip
     else:
@@ -141,7 +142,9 @@ def roi_align_kernel(
         if GRID == 0 and sampling_ratio == 0:
             x_grid = tl.minimum(tl.ceil(bin_w), MAX_GRID)
             y_grid = tl.minimum(tl.ceil(bin_h), MAX_GRID)
-        share = 1.0 / tl.maximum(x_grid * y_grid, 1.0)  # of a sample in its bin
+        share = 1.0  # of a sample in its bin, unless that is known
+        if GRID == 0:
+            share = 1.0 / tl.maximum(x_grid * y_grid, 1.0)
         for y_bin in range(y_first, y_end):
             if IS_BACKWARD:
                 tile = tl.load(at + y_bin * (SIZE * C), mask=mask).to(tl.float32) * share

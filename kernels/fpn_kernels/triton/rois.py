@@ -13,9 +13,9 @@ from torch import Tensor
 from fpn_kernels.levels import assign_levels
 from fpn_kernels.triton.levels import pack_sizes
 
-WIDEST = 256  # channels of a tile: 512 bytes in half precision, one 128-bit load for each thread of a warp
 ROWS = 4  # rows of bins that one program pools, one after another
-WARP_ELEMENTS = 512  # of a tile, per warp: two 128-bit loads in flight per tap and thread
+TILE = 2048  # elements of a row of bins, such as 8 bins of 256 channels
+WARP_ELEMENTS = 512  # of a tile, per warp: in half precision two 128-bit loads per tap and thread
 NEIGHBOURS = 1 << 12  # float32 values around a boundary between levels; the rounding of eq. 1 moves it by a few
 
 
@@ -76,5 +76,5 @@ def pack_sides(tables: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ..
 def tile_for(output_size: int, channels: int) -> dict[str, int]:
     """Bins and channels of a program's tile, and its warps."""
     bins = min(triton.next_power_of_2(output_size), 16)
-    block = min(triton.next_power_of_2(channels), WIDEST)
-    return {"ROWS": ROWS, "BINS": bins, "BLOCK_C": block, "num_warps": min(max(bins * block // WARP_ELEMENTS, 1), 8)}
+    block = min(triton.next_power_of_2(channels), TILE // bins)
+    return {"ROWS": ROWS, "BINS": bins, "BLOCK_C": block, "num_warps": max(bins * block // WARP_ELEMENTS, 1)}

@@ -139,7 +139,7 @@ def narrow_lists_kernel(
             for start in range(0, count, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 place = (tl.load(keys + at, mask=at < count, other=-1) - lowest) >> width
-                within_range = (place >= 0) & ((place >> 10) == 0)
+                within_range = (place >= 0) & ((place >> bits) == 0)
                 histogram += tl.histogram((place & (BINS - 1)).to(tl.int32), BINS, mask=within_range)
             found, within, more = _find_bin(histogram, pick_size(slots, level) - above, BINS)
             lowest += found.to(tl.int64) << width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ def assert_capturable(launch: Callable[..., Any], arguments: tuple[Any, ...], ot
     expected = [tree_leaves(launch(*given)) for given in (arguments, others)]  # compiles too
     captured = tree_map_only(torch.Tensor, torch.clone, arguments)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         launch(*captured)
     finally:

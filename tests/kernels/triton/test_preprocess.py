@@ -76,7 +76,9 @@ def test_low_precision_only_rounds_the_result(dtype, step):
     given = give([make_image(10, 12)], [(7, 19)], (8, 24))
     batch = launch(*given[:-1], dtype)
     assert batch.dtype == dtype
-    torch.testing.assert_close(batch.float(), preprocess_reference(*given), rtol=step, atol=ROUNDING, check_stride=False)
+    torch.testing.assert_close(
+        batch.float(), preprocess_reference(*given), rtol=step, atol=ROUNDING, check_stride=False
+    )
 
 
 def test_batch_equals_alone():

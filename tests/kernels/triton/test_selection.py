@@ -69,9 +69,9 @@ def test_thousands_of_ties_take_the_lowest_indices(k, memory_format):
     ("k", "better"),
     [
         # The two above the crowd of eight make the list ten long, which is more than is ranked as it is.
-        (3, {4: 5.0, 17: 5.0} | {i: 1.0 for i in range(20, 28)}),
+        (3, dict.fromkeys(range(20, 28), 1.0) | {50: 5.0, 51: 5.0}),
         # Index 5 lies above the last three bits of 8..15, but within the digit's width of them.
-        (2, {5: 1.0} | {i: 1.0 for i in range(8, 16)}),
+        (2, {5: 1.0} | dict.fromkeys(range(8, 16), 1.0)),
     ],
 )
 def test_narrowing_counts_what_lies_above(k, better):
