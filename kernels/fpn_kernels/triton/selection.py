@@ -29,7 +29,7 @@ from fpn_kernels.selection import level_slots, select_topk_reference
 from fpn_kernels.triton.builds import Build
 from fpn_kernels.triton.levels import Maps, count_blocks, find_level, pack_sizes, pick_pointer, pick_size, sum_sizes
 
-LARGEST_K = 8192  # above, sorting beats counting
+LARGEST_K = 8192  # above, torch sorts: counting takes the square of a list's length
 LISTED = 4096  # keys that are ranked as they are; at least twice the largest k
 BINS = 1024  # of every histogram
 BIN_BITS = 10
