@@ -110,7 +110,8 @@ class RunFolder:
         path = self.path / f"{name}.pth"
         with replacing(path) as temporary:
             weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-            torch.save(weights, temporary)
+            with temporary.open("wb") as file:  # given a path, torch writes its name into the file
+                torch.save(weights, file)
             digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         trained = {"trained_with": f"fpn-engine {fpn_engine.__version__}", **about, "sha256": digest}
         with replacing(path.with_suffix(".json")) as temporary:

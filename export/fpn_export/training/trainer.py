@@ -85,7 +85,6 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)  # what its convolutions compute in
         self._examples, self._recipe, self.folder, self._processes = examples, recipe, folder, processes
         self._habits = habits or Habits()
-        self._shared_frozen = shared_frozen
         self._validation = validation
         self._settings: dict[str, Any] = {
             "spec": model.spec.to_dict(),

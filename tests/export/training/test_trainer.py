@@ -132,6 +132,18 @@ def assert_same_run(path: Path, other: Path) -> None:
         assert torch.equal(weights_of(path)[name], tensor), name
 
 
+def test_a_model_is_the_same_file_whoever_writes_it(
+    run_path: Path, squares: Squares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or alternating training could not go on in another process: a step knows the file that it began from."""
+    trainer = make_trainer(run_path, squares)
+    written = []
+    for process in (11, 22):
+        monkeypatch.setattr("os.getpid", lambda number=process: number)
+        written.append(trainer.folder.save_model("last", trainer.model, {}).read_bytes())
+    assert written[0] == written[1]
+
+
 def test_the_seed_decides(run_path: Path, squares: Squares, uninterrupted: Path) -> None:
     other = Recipe.from_dict(SHORT.to_dict() | {"seed": 1})
     assert make_trainer(run_path, squares, other).run()
