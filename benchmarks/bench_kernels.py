@@ -1,10 +1,12 @@
 """Each op of fpn_kernels against torchvision, eager PyTorch and the floor, at the shapes of R50-FPN on 800x1216.
 
     python -m benchmarks.bench_kernels -o benchmarks/results/kernels.json --minutes 8
+    python -m benchmarks.bench_kernels --floor
 
 Every result is compared with each rival's before anything is timed; then all take turns (see ``benchmarks.timing``).
 Rows are saved one by one, and those that are in the file already are not taken again. Without a GPU it measures the
-PyTorch references on the CPU, and says so in each row.
+PyTorch references on the CPU, and says so in each row. ``--floor`` runs nothing: it prints the bytes and products of
+docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,14 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.kernel_cases import Case, all_cases
+from benchmarks.kernel_case import Case, same, us
+from benchmarks.kernel_cases import all_cases
 from benchmarks.provenance import describe_run
 from benchmarks.timing import time_in_turns
 
-COPY_BANDWIDTH, MATMUL_RATE = 4.3e12, 790e12  # measured on an H200: bytes and fp16 operations per second
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 ROTATING = 4  # sets of inputs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -47,24 +51,47 @@ def measure(case: Case) -> dict[str, Any]:
         "ratios": {name: round(ours / t["median_us"], 3) for name, t in times.items() if name != "fpn_kernels"},
         "bytes": case.moved,
         "GB_per_s": round(case.moved / ours / 1e3, 1),
-        "targets_us": dict(case.targets),
+        "targets_us": {name: round(target, 1) for name, target in case.targets.items()},
     }
     if case.flops:
         row["TFLOP_per_s"] = round(case.flops / ours / 1e6, 2)
     if DEVICE.type == "cuda":
-        row["floor_us"] = round(max(case.moved / COPY_BANDWIDTH, case.flops / MATMUL_RATE) * 1e6, 1)
+        row["floor_us"] = round(us(case.moved, case.flops), 1)
     return row
 
 
 def check(case: Case, inputs: tuple[Any, ...]) -> float:
-    """Largest error against any rival."""
+    """Largest error against any rival. Raises: AssertionError if it is too large, or ours not what is expected."""
     ours = case.contestants["fpn_kernels"](*inputs)
+    if case.expected is not None:
+        assert same(ours, case.expected(*inputs)), f"{case.name}: not what the reference gives"
     errors = [case.compare(ours, rival(*inputs)) for name, rival in case.contestants.items() if name != "fpn_kernels"]
-    assert max(errors) <= TOLERANCE[case.dtype], f"{case.name}: error {max(errors)}"
+    assert max(errors) <= case.tolerance, f"{case.name}: error {max(errors)}"
     return max(errors)
 
 
-@pytest.mark.parametrize("case", all_cases(DEVICE, [1]), ids=lambda case: case.name)
+def write_floor() -> str:
+    """A Markdown table: what each op must move and compute at batch 1 in half precision, and how long that takes."""
+    lines = [
+        "| op | MB | GFLOP | floor us | good us | launches |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in all_cases(torch.device("cpu"), [1], torch.float16):
+        good = f"{case.targets['good']:.0f}" if case.targets else ""
+        products = f"{case.flops / 1e9:.1f}" if case.flops else ""
+        floor = f"{us(case.moved, case.flops):.1f}"
+        lines.append(f"| {case.name} | {case.moved / 1e6:.2f} | {products} | {floor} | {good} | {case.launches} |")
+    return "\n".join(lines)
+
+
+def describe_gpu() -> dict[str, str]:
+    """What the kernels' speed depends on beside the packages that every row names."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {"driver": driver, "triton": version("triton")}
+
+
+@pytest.mark.parametrize("case", all_cases(DEVICE, [1], DTYPE), ids=lambda case: case.name)
 def test_kernel(case: Case, benchmark: BenchmarkFixture) -> None:
     inputs = case.make_inputs(0)
     benchmark.extra_info["largest_relative_error"] = check(case, inputs)
@@ -73,18 +100,23 @@ def test_kernel(case: Case, benchmark: BenchmarkFixture) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-o", "--output", type=Path)
+    what.add_argument("--floor", action="store_true", help="print the table of docs/kernels.md")
     parser.add_argument("--minutes", type=float, default=60, help="no new row is begun after that many")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if DEVICE.type == "cuda" else [1])
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     given = parser.parse_args()
+    if given.floor:
+        print(write_floor())
+        return
     if DEVICE.type == "cpu":
         print("no GPU here: the PyTorch references are measured on the CPU", file=sys.stderr)
     began = time.monotonic()
     rows = json.loads(given.output.read_text()) if given.output.exists() else []
-    run = describe_run("python -m benchmarks.bench_kernels")
+    run = describe_run("python -m benchmarks.bench_kernels") | (describe_gpu() if DEVICE.type == "cuda" else {})
     done = {(row["what"], row["batch"], row["dtype"], row["device"], row["commit"]) for row in rows}
-    for case in all_cases(DEVICE, given.batches):
+    for case in all_cases(DEVICE, given.batches, DTYPE):
         key = (case.name, case.batch, str(case.dtype).removeprefix("torch."), run["device"], run["commit"])
         if key in done or given.only not in case.name:
             continue

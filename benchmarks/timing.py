@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,9 @@ import torch
 
 WARM_UP = 5
 ROUNDS = {"cuda": 60, "cpu": 5}
+# Bytes that are overwritten before each call: several times an L2 cache, and some 60 us in which the host can queue the
+# events and the call, so that its share is not measured unless the call waits for the device.
+FLUSHED = 256 << 20
 
 Contestant = Callable[..., Any]
 
@@ -23,15 +29,22 @@ class Replay:
 
     def __init__(self, function: Contestant, inputs: Sequence[Any]) -> None:
         self._inputs = [_clone(value) for value in inputs]
+        current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            function(*self._inputs)  # compiles
+            torch.cuda.synchronize()
+            # What waits raises here: a capture that fails leaves stream and allocator behind in disorder.
+            with _no_waiting():
                 function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(*self._inputs)
+        try:
+            with torch.cuda.graph(self.graph):
+                self.outputs = function(*self._inputs)
+        finally:
+            torch.cuda.set_stream(current)
 
 
 def time_in_turns(
@@ -40,7 +53,8 @@ def time_in_turns(
     """Median, p20 and p80 in microseconds of each contestant, all timed in every round on the same inputs.
 
     On CUDA a contestant that can be captured is timed as a graph replay (``how`` "graph"), without the host's share;
-    the others with events around the call ("call"). Inputs rotate, so that a cache does not hold them.
+    the others with events around the call ("call"). Inputs rotate and the cache is flushed, so that it does not hold
+    them.
     """
     device = next(t.device.type for t in _tensors(inputs[0]))
     rounds = rounds or ROUNDS[device]
@@ -83,14 +97,32 @@ def _prepare(
     return "graph", load, lambda: replays[at[0]].graph.replay()
 
 
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """PyTorch raises RuntimeError where the host would wait for the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def _time_on_cuda(run: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    _flushed().zero_()
     start.record()
     run()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) * 1e3
+
+
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
 
 
 def _time_on_cpu(run: Callable[[], Any]) -> float:

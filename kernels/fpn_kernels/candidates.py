@@ -69,7 +69,7 @@ def _fake(
     weights: Sequence[float],
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = len(proposals)
+    n = proposals.shape[0]
     scores, labels = proposals.new_empty(n, capacity), counts.new_empty(n, capacity)
     return proposals.new_empty(n, capacity, 4), scores, labels, counts.new_empty(n)
 
@@ -127,11 +127,11 @@ def select_candidates(
     require_device(
         class_logits=class_logits, box_deltas=box_deltas, proposals=proposals, counts=counts, image_sizes=image_sizes
     )
-    require(len(weights) == 4, f"weights must be four numbers, not {weights}")
-    require(0.0 <= score_thresh <= 1.0, f"score_thresh must be from 0 to 1, not {score_thresh}")
+    require(len(weights) == 4, "weights must be four numbers, not {}", weights)
+    require(0.0 <= score_thresh <= 1.0, "score_thresh must be from 0 to 1, not {}", score_thresh)
     if capacity is None:
         capacity = candidate_capacity(r, class_logits.shape[1], score_thresh)
-    require(capacity >= 0, f"capacity must not be negative: {capacity}")
+    require(capacity >= 0, "capacity must not be negative: {}", capacity)
     return _select_candidates(
         proposals.device,
         class_logits,

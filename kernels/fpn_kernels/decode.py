@@ -155,8 +155,9 @@ def decode_proposals(
         require_shape("deltas", level, n, 4 * a, None, None)
         require_dtype("deltas", level, *FLOATS)
     total = sum(level_slots([a * level.shape[2] * level.shape[3] for level in deltas], k))
-    require(total == slots, f"logits must have {total} slots for these deltas and k={k}, not {slots}")
-    require_device(logits=logits, indices=indices, deltas=deltas[0], base_anchors=base_anchors, image_sizes=image_sizes)
+    require(total == slots, "logits must have {} slots for these deltas and k={}, not {}", total, k, slots)
+    levels = {f"deltas[{i}]": level for i, level in enumerate(deltas)}
+    require_device(logits=logits, indices=indices, **levels, base_anchors=base_anchors, image_sizes=image_sizes)
     return _decode_proposals(
         logits.device,
         logits,

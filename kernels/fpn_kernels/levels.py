@@ -86,21 +86,24 @@ def check_pooling(
 ) -> None:
     """Raise ValueError unless the arguments that every pooling takes fit each other."""
     require(len(features) >= 1, "features must hold at least one level")
-    require(len(features) == len(strides), f"need one stride per level, not {len(strides)} for {len(features)}")
-    require(features[0].ndim == 4, f"features must have shape (N, C, H, W), not {tuple(features[0].shape)}")
+    require(len(features) == len(strides), "need one stride per level, not {} for {}", len(strides), len(features))
+    require(features[0].ndim == 4, "features must have shape (N, C, H, W), not {}", tuple(features[0].shape))
     n, c = features[0].shape[:2]
     for level in features:
         require_shape("features", level, n, c, None, None)
         require_dtype("features", level, *FLOATS)
         require_dtype("features", level, features[0].dtype)
-        require(level.shape[2] * level.shape[3] > 0, f"features must have cells, not shape {tuple(level.shape)}")
+        require(level.shape[2] * level.shape[3] > 0, "features must have cells, not shape {}", tuple(level.shape))
     require_shape("rois", rois, None, 5)
     require_dtype("rois", rois, torch.float32)
-    require_device(features=features[0], rois=rois)
+    require_device(**{f"features[{i}]": level for i, level in enumerate(features)}, rois=rois)
     if counts is not None:
         require_shape("counts", counts, n)
-        require(len(rois) == len(rois) // max(n, 1) * n, f"{len(rois)} rois do not divide among {n} images")
-    require(output_size >= 1, f"output_size must be at least 1, not {output_size}")
+        require_dtype("counts", counts, torch.int64)
+        require_device(rois=rois, counts=counts)
+        r = rois.shape[0]
+        require(r == r // max(n, 1) * n, "{} rois do not divide among {} images", r, n)
+    require(output_size >= 1, "output_size must be at least 1, not {}", output_size)
 
 
 def number_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:

@@ -130,7 +130,7 @@ def _fake(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, m
 
 _padded_nms = Op(
     "padded_nms",
-    "(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, int max_out) -> (Tensor, Tensor)",
+    "(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, SymInt max_out) -> (Tensor, Tensor)",
     padded_nms_reference,
     "fpn_kernels.triton.nms:launch_padded_nms",
     _fake,
@@ -164,8 +164,8 @@ def padded_nms(
     require_dtype("scores", scores, torch.float32)
     require_dtype("groups", groups, torch.int64)
     require_device(boxes=boxes, scores=scores, groups=groups)
-    require(0.0 <= iou_threshold <= 1.0, f"iou_threshold must be from 0 to 1, not {iou_threshold}")
-    require(max_out >= 1, f"max_out must be at least 1, not {max_out}")
+    require(0.0 <= iou_threshold <= 1.0, "iou_threshold must be from 0 to 1, not {}", iou_threshold)
+    require(max_out >= 1, "max_out must be at least 1, not {}", max_out)
     return _padded_nms(boxes.device, boxes, scores, groups, iou_threshold, max_out)
 
 
@@ -177,11 +177,12 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Args: boxes (K, 4) float32; scores (K,) float32; idxs (K,) integer class of each box; iou_threshold 0..1.
     Returns: (kept,) int64.
     """
-    if len(boxes) == 0:
+    k = boxes.shape[0]
+    if k == 0:
         require_shape("boxes", boxes, 0, 4)
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
     groups = idxs.to(torch.int64)
-    keep, counts = padded_nms(boxes[None], scores[None], groups[None], iou_threshold, len(boxes))
+    keep, counts = padded_nms(boxes[None], scores[None], groups[None], iou_threshold, k)
     return keep[0, : int(counts[0])]
 
 

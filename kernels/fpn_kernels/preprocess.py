@@ -37,7 +37,7 @@ def pack_images(images: Sequence[Tensor], *, planar: bool = False) -> PackedImag
     for image in images:
         require_shape("image", image, *((3, None, None) if planar else (None, None, 3)))
         require_dtype("image", image, torch.uint8)
-        require(image.numel() > 0, f"image must have at least one pixel, not shape {tuple(image.shape)}")
+        require(image.numel() > 0, "image must have at least one pixel, not shape {}", tuple(image.shape))
     sides = [image.shape[1:] if planar else image.shape[:2] for image in images]
     sizes = torch.tensor(sides, dtype=torch.int64).reshape(-1, 2)
     ends = (sizes.prod(dim=1) * 3).cumsum(dim=0)
@@ -86,7 +86,7 @@ def _fake(
     dtype: torch.dtype,
 ) -> Tensor:
     order = torch.contiguous_format if pixels.device.type == "cpu" else torch.channels_last
-    return torch.empty(len(offsets), 3, *padded_size, dtype=dtype, device=pixels.device, memory_format=order)
+    return torch.empty(offsets.shape[0], 3, *padded_size, dtype=dtype, device=pixels.device, memory_format=order)
 
 
 _preprocess = Op(
@@ -129,7 +129,7 @@ def preprocess(
     Returns: (N, 3, *padded_size), ``dtype``; contiguous from the CPU, channels_last from CUDA.
     Raises: ValueError if shape, dtype or device differ from the above.
     """
-    n = len(offsets)
+    n = offsets.shape[0]
     require_shape("pixels", pixels, None)
     require_shape("offsets", offsets, n)
     require_shape("sizes", sizes, n, 2)
@@ -138,9 +138,9 @@ def preprocess(
     for name, tensor in (("offsets", offsets), ("sizes", sizes), ("image_sizes", image_sizes)):
         require_dtype(name, tensor, torch.int64)
     require_device(pixels=pixels, offsets=offsets, sizes=sizes, image_sizes=image_sizes)
-    require(len(mean) == 3 and len(std) == 3, f"mean and std must have three numbers, not {mean} and {std}")
-    require(min(padded_size) >= 1, f"padded_size must be positive, not {padded_size}")
-    require(dtype in FLOATS, f"dtype must be float32, float16 or bfloat16, not {dtype}")
+    require(len(mean) == 3 and len(std) == 3, "mean and std must have three numbers, not {} and {}", mean, std)
+    require(min(padded_size) >= 1, "padded_size must be positive, not {}", padded_size)
+    require(dtype in FLOATS, "dtype must be float32, float16 or bfloat16, not {}", dtype)
     return _preprocess(
         pixels.device,
         pixels,

@@ -235,7 +235,7 @@ def multilevel_roi_align(
         kernels mask such RoIs.
     """
     check_pooling(features, rois, counts, output_size, strides)
-    require(sampling_ratio >= 0, f"sampling_ratio must be 0 (adaptive) or more, not {sampling_ratio}")
+    require(sampling_ratio >= 0, "sampling_ratio must be 0 (adaptive) or more, not {}", sampling_ratio)
     form = (list(strides), sampling_ratio, aligned, min_level, canonical_level, canonical_size)
     return _roi_align(rois.device, list(features), rois, counts, output_size, *form)
 

@@ -26,7 +26,7 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
     """
     require_shape("scores", scores, None, None)
     require_dtype("scores", scores, torch.float32)
-    require(0 <= k <= scores.shape[1], f"k must be from 0 to {scores.shape[1]}, not {k}")
+    require(0 <= k <= scores.shape[1], "k must be from 0 to {}, not {}", scores.shape[1], k)
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 tie with 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)  # IEEE order as integer order
     ordered = ordered.masked_fill(scores.isnan(), -1 << 31)
@@ -58,7 +58,8 @@ def select_topk_reference(objectness: Sequence[Tensor], k: int) -> tuple[Tensor,
 
 
 def _fake(objectness: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    n, first = len(objectness[0]), objectness[0]
+    first = objectness[0]
+    n = first.shape[0]
     slots = sum(level_slots([level.shape[1] * level.shape[2] * level.shape[3] for level in objectness], k))
     indices = first.new_empty(n, slots, dtype=torch.int64)
     return first.new_empty(n, slots, dtype=torch.float32), indices, first.new_empty(slots, dtype=torch.int64)
@@ -88,7 +89,7 @@ def select_topk(objectness: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, T
     Raises: ValueError if shape, dtype or k differ from the above.
     """
     require(len(objectness) >= 1, "objectness must hold at least one level")
-    require(k >= 1, f"k must be at least 1, not {k}")
+    require(k >= 1, "k must be at least 1, not {}", k)
     n, a = objectness[0].shape[:2]
     for level in objectness:
         require_shape("objectness", level, n, a, None, None)

@@ -56,7 +56,7 @@ def topdown_merge(lateral: Tensor, coarse: Tensor) -> Tensor:
     Returns: (N, C, H, W), same dtype, channels_last if ``lateral`` is, else contiguous.
     Raises: ValueError if shape, dtype or device differ from the above.
     """
-    require(lateral.ndim == 4, f"lateral must have shape (N, C, H, W), not {tuple(lateral.shape)}")
+    require(lateral.ndim == 4, "lateral must have shape (N, C, H, W), not {}", tuple(lateral.shape))
     n, c, h, w = lateral.shape
     require_shape("coarse", coarse, n, c, (h + 1) // 2, (w + 1) // 2)
     require_dtype("lateral", lateral, *FLOATS)
@@ -128,16 +128,16 @@ def lateral_merge(c: Tensor, weight: Tensor, bias: Tensor | None = None, coarser
     Returns: (N, C_out, H, W) in channels_last order, same dtype.
     Raises: ValueError if shape, dtype or device differ from the above.
     """
-    require(c.ndim == 4, f"c must have shape (N, C_in, H, W), not {tuple(c.shape)}")
+    require(c.ndim == 4, "c must have shape (N, C_in, H, W), not {}", tuple(c.shape))
     require_shape("weight", weight, None, c.shape[1], *(1, 1)[: max(weight.ndim - 2, 0)])
     require_dtype("c", c, *FLOATS)
     others = {"weight": weight, "bias": bias, "coarser": coarser}
     given = {name: tensor for name, tensor in others.items() if tensor is not None}
     if bias is not None:
-        require_shape("bias", bias, len(weight))
+        require_shape("bias", bias, weight.shape[0])
     if coarser is not None:
-        require_shape("coarser", coarser, len(c), len(weight), None, None)
-        require(coarser.shape[2] * coarser.shape[3] > 0, f"coarser must have cells, not shape {tuple(coarser.shape)}")
+        require_shape("coarser", coarser, c.shape[0], weight.shape[0], None, None)
+        require(coarser.shape[2] * coarser.shape[3] > 0, "coarser must have cells, not shape {}", tuple(coarser.shape))
     for name, tensor in given.items():
         require_dtype(name, tensor, c.dtype)
     require_device(c=c, **given)

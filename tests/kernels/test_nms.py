@@ -167,6 +167,14 @@ def test_nothing_to_keep(shape):
         assert (kept.shape, kept.dtype) == ((0,), torch.int64)
 
 
+def test_a_hundred_thousand_boxes_equal_torchvision():
+    boxes = torch.cat([clustered_boxes(50_000, 200), random_boxes(50_000)])
+    scores = torch.randperm(100_000, generator=seeded()) / 100_000
+    classes = torch.randint(80, (100_000,), generator=seeded())
+    kept = batched_nms(boxes, scores, classes, 0.5)
+    assert torch.equal(kept, torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, classes, 0.5))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_stays_bounded_when_all_boxes_coincide():
     boxes, scores = HALF[[0]].repeat(20_000, 1), torch.rand(20_000, generator=seeded())

@@ -1,73 +1,83 @@
 """The ops as PyTorch operators: opcheck, torch.compile in one graph, the device decides what runs."""
 
+import importlib
+import pkgutil
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fpn_kernels
 from fpn_kernels.registration import Op
-from tests.kernels.boxes import clustered_boxes, seeded
-from tests.kernels.test_candidates import make_head
-from tests.kernels.test_decode import BASE_ANCHORS, make_outputs
-from tests.kernels.test_preprocess import MEAN, STD, make_image
+from tests.kernels.boxes import seeded
+from tests.kernels.operators import FUNCTIONS, make_arguments
+from tests.kernels.triton.device import DEVICE
 
-SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
-
-
-def propose(objectness: list[Tensor], deltas: list[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
-    """From the RPN's outputs to proposals, as the pipeline has it."""
-    logits, indices, levels = fpn_kernels.select_topk(objectness, 20)
-    boxes, scores = fpn_kernels.decode_proposals(logits, indices, deltas, BASE_ANCHORS, (64, 96), sizes, k=20)
-    return boxes, *fpn_kernels.padded_nms(boxes, scores, levels.expand(len(logits), -1), 0.7, 30)
+MODULES = [importlib.import_module(f"fpn_kernels.{m.name}") for m in pkgutil.iter_modules(fpn_kernels.__path__)]
+OPS = {value for module in MODULES for value in vars(module).values() if isinstance(value, Op)}
+NEURAL = {"topdown_merge", "lateral_merge", "multilevel_roi_align", "adaptive_roi_align", "roi_align"}
+NEURAL |= {"multilevel_roi_pool", "roi_pool"}  # differentiable, in all floating-point arguments but the RoIs
 
 
-def select(logits: Tensor, deltas: Tensor, proposals: Tensor, counts: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-    return fpn_kernels.select_candidates(logits, deltas, proposals, counts, sizes)
+def on_device(arguments: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), arguments)
 
 
-def preprocess(pixels: Tensor, offsets: Tensor, sizes: Tensor, image_sizes: Tensor) -> Tensor:
-    return fpn_kernels.preprocess(pixels, offsets, sizes, image_sizes, (64, 96), MEAN, STD, dtype=torch.float16)
+def record(name: str) -> list[tuple[Op, tuple[Any, ...]]]:
+    """The operators that a function goes through, with their arguments; those of its gradient too."""
+    calls: list[tuple[Op, tuple[Any, ...]]] = []
+
+    def call(op: Op, device: torch.device, *given: Any) -> Any:
+        calls.append((op, given))
+        return op._op(*given)
+
+    def dispatch(op: Op, *given: Any) -> Any:
+        return call(op, DEVICE, *tree_map_only(torch.Tensor, torch.Tensor.detach, given))  # a gradient's has none
+
+    arguments = on_device(make_arguments()[name])
+    if name in NEURAL:
+        arguments = [a.requires_grad_() if a.is_floating_point() and a.shape[-1] != 5 else a for a in arguments]
+    with mock.patch.multiple(Op, __call__=call, dispatch=dispatch):
+        for result in tree_leaves(FUNCTIONS[name](*arguments)):
+            if result.requires_grad:
+                result.sum().backward()
+    return calls
 
 
-def make_functions() -> list[Any]:
-    """Every public function that goes through an op, with arguments."""
-    objectness, deltas = make_outputs(2, SHAPES)
-    sizes = torch.tensor([[60, 90], [64, 96]])
-    packed = fpn_kernels.pack_images([make_image(20, 30), make_image(9, 8)])
-    boxes, scores = torch.stack([clustered_boxes(40, 5)] * 2), torch.rand(2, 40, generator=seeded())
-    groups = torch.randint(3, (2, 40), generator=seeded())
-    return [
-        pytest.param(propose, (objectness, deltas, sizes), id="propose"),
-        pytest.param(select, (*make_head(2, 10, 4), torch.tensor([10, 3]), sizes), id="select_candidates"),
-        pytest.param(preprocess, (*packed, sizes), id="preprocess"),
-        pytest.param(fpn_kernels.padded_nms, (boxes, scores, groups, 0.5, 20), id="padded_nms"),
-    ]
-
-
-@pytest.mark.parametrize(("function", "arguments"), make_functions())
-def test_ops_pass_opcheck(function, arguments):
-    calls = []
-    run = Op.__call__
-
-    def record(op: Op, device: torch.device, *given: Any) -> Any:
-        calls.append((op._op, given))
-        return run(op, device, *given)
-
-    with mock.patch.object(Op, "__call__", record):
-        function(*arguments)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_opcheck(name):
+    calls = record(name)
     assert calls
     for op, given in calls:
-        torch.library.opcheck(op, given)
+        torch.library.opcheck(op._op, given)
 
 
-@pytest.mark.parametrize(("function", "arguments"), make_functions())
-def test_compiles_into_one_graph(function, arguments):
+def test_every_operator_is_checked():
+    assert {op for name in FUNCTIONS for op, _ in record(name)} == OPS
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_into_one_graph(name):
     torch._dynamo.reset()
+    function, arguments = FUNCTIONS[name], on_device(make_arguments()[name])
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), function(*arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_graph_serves_all_sizes(name):
+    torch._dynamo.reset()
+    function = FUNCTIONS[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, sizes in enumerate([(26, 38, 2), (24, 34, 3)]):
+        arguments = on_device(make_arguments(*sizes)[name])
+        # Sizes that happen to be equal need not be so the next time.
+        unequal = torch.fx.experimental._config.patch(use_duck_shape=False)
+        with torch._dynamo.config.patch(error_on_recompile=number > 0), unequal:
+            torch.testing.assert_close(compiled(*arguments), function(*arguments), rtol=0, atol=0)
 
 
 def test_cpu_tensors_keep_their_gradients():
@@ -75,3 +85,26 @@ def test_cpu_tensors_keep_their_gradients():
     objectness = [torch.randn(1, 3, 4, 4, generator=seeded()).requires_grad_()]
     fpn_kernels.select_topk(objectness, 5)[0].sum().backward()
     assert objectness[0].grad.count_nonzero() == 5
+
+
+@pytest.mark.parametrize("name", ["topdown_merge", "adaptive_roi_align"])
+def test_kernels_are_launched_on_the_device_of_their_tensors(name):
+    """Of the only or first tensor, and of the first tensor of a list."""
+    [(op, given)] = record(name)[:1]
+    with mock.patch("torch.cuda.device") as current:
+        op.launch(*given)
+    current.assert_called_once_with(tree_leaves(given)[0].device)
+    current.return_value.__enter__.assert_called_once_with()
+    current.return_value.__exit__.assert_called_once()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_another_device_than_the_current(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    function, arguments = FUNCTIONS[name], on_device(make_arguments()[name])
+    other = tree_map_only(torch.Tensor, lambda t: t.to("cuda:1"), arguments)
+    for result, expected in zip(tree_leaves(function(*other)), tree_leaves(function(*arguments)), strict=True):
+        assert result.device.index == 1
+        assert torch.equal(result.cpu(), expected.cpu())

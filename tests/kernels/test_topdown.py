@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fpn_kernels import topdown_merge
+from fpn_kernels import lateral_merge, topdown_merge
 from fpn_kernels.topdown import topdown_merge_reference
 from tests.kernels.boxes import REAL_LEVELS, seeded
 
@@ -94,3 +94,25 @@ def test_inputs_are_left_alone():
 def test_rejects(lateral, coarse, message):
     with pytest.raises(ValueError, match=message):
         topdown_merge(lateral, coarse)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"c": torch.zeros(3, 4, 4)}, "c must have shape"),
+        ({"c": torch.zeros(2, 3, 4, 4).double()}, "c must be float32"),
+        ({"weight": torch.zeros(5, 4)}, r"weight must have shape \(any, 3\)"),
+        ({"weight": torch.zeros(5, 3, 3, 3)}, "weight must have shape"),
+        ({"weight": torch.zeros(5, 3).half()}, "weight must be float32, not float16"),
+        ({"bias": torch.zeros(4)}, "bias must have shape"),
+        ({"coarser": torch.zeros(2, 4, 2, 2)}, "coarser must have shape"),
+        ({"coarser": torch.zeros(1, 5, 2, 2)}, "coarser must have shape"),
+        ({"coarser": torch.zeros(2, 5, 0, 2)}, "coarser must have cells"),
+        ({"bias": torch.zeros(5, device="meta")}, "must lie on one device"),
+    ],
+    ids=str,
+)
+def test_lateral_rejects(change, message):
+    valid = {"c": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(5, 3), "coarser": torch.zeros(2, 5, 2, 2)}
+    with pytest.raises(ValueError, match=message):
+        lateral_merge(**valid | {"bias": torch.zeros(5)} | change)

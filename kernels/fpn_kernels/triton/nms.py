@@ -21,8 +21,9 @@ from fpn_kernels.triton.builds import Build
 COUNTED = 32768  # above, radix sort beats counting
 CHUNK = 8192  # 8 MB of bits per image
 BLOCK = 1024  # boxes resolved at a time; their bits among each other, 128 KB, stay in registers
-RANK_ROWS, RANK_COLUMNS = 32, 1024
-OVERLAP_ROWS, OVERLAP_COLUMNS = 16, 128
+RANK_ROWS, RANK_COLUMNS = 32, 256
+OVERLAP_ROWS, OVERLAP_COLUMNS, OVERLAP_WARPS = 16, 64, 8  # larger tiles a warp spill in some versions of Triton
+OVERLAP_SHARES = 8  # programs among which a row of tiles is divided; with one a tile, most would have nothing to do
 SUPPRESS_ROWS, SUPPRESS_COLUMNS = 32, 64
 
 
@@ -63,7 +64,7 @@ def _write_sorted(boxes, groups, at, to, sorted_boxes, sorted_groups, plane, mas
     tl.store(sorted_groups + to, tl.load(groups + at, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def rank_kernel(
     boxes, scores, groups, order, sorted_boxes, sorted_groups, present_counts, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -93,7 +94,7 @@ def rank_kernel(
             tl.store(present_counts + image, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def gather_kernel(
     boxes, scores, groups, order, sorted_boxes, sorted_groups, present_counts, K, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -130,7 +131,7 @@ def _overlap(sorted_boxes, sorted_groups, plane, worse, better, worse_inside, be
     return (iou > threshold) & (a_group == b_group) & worse_inside[:, None] & better_inside[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "start", "max_out"])
 def suppress_kernel(
     sorted_boxes, sorted_groups, present_counts, kept_places, kept_counts, alive,
     K, start, max_out, threshold,
@@ -156,31 +157,33 @@ def suppress_kernel(
         tl.store(alive + image * CHUNK + slots, (hit == 0).to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "start", "max_out"])
 def overlap_kernel(
     sorted_boxes, sorted_groups, present_counts, kept_counts, bits,
     K, start, max_out, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (CHUNK / ROWS, CHUNK / COLUMNS, N). Bit j of row i: box j of the chunk is better and overlaps box i."""
+    """Grid (CHUNK / ROWS, shares, N). Bit j of row i: box j of the chunk is better and overlaps box i."""
     image = tl.program_id(2).to(tl.int64)
     plane = tl.num_programs(2).to(tl.int64) * K
     count = tl.load(present_counts + image) - start
-    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
-    if (column < row + ROWS) & (row < count) & (tl.load(kept_counts + image) < max_out):
-        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        over = _overlap(
-            sorted_boxes + image * K, sorted_groups + image * K, plane, start + rows, start + columns,
-            rows < count, columns < count, threshold,
-        )  # fmt: skip
-        over &= columns[None, :] < rows[:, None]
-        words = tl.reshape(over.to(tl.int32), [ROWS, COLUMNS // 32, 32]) << tl.arange(0, 32)[None, None, :]
-        word = tl.program_id(1) * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)
-        at = (image * CHUNK + rows[:, None]) * (CHUNK // 32) + word[None, :]
-        tl.store(bits + at, tl.sum(words, axis=2))
+    row = tl.program_id(0) * ROWS
+    rows = row + tl.arange(0, ROWS)
+    if (row < count) & (tl.load(kept_counts + image) < max_out):
+        for column in range(tl.program_id(1) * COLUMNS, row + ROWS, tl.num_programs(1) * COLUMNS):
+            columns = column + tl.arange(0, COLUMNS)
+            over = _overlap(
+                sorted_boxes + image * K, sorted_groups + image * K, plane, start + rows, start + columns,
+                rows < count, columns < count, threshold,
+            )  # fmt: skip
+            over &= columns[None, :] < rows[:, None]
+            words = tl.reshape(over.to(tl.int32), [ROWS, COLUMNS // 32, 32]) << tl.arange(0, 32)[None, None, :]
+            word = column // 32 + tl.arange(0, COLUMNS // 32)
+            at = (image * CHUNK + rows[:, None]) * (CHUNK // 32) + word[None, :]
+            tl.store(bits + at, tl.sum(words, axis=2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "start", "max_out"])
 def resolve_kernel(
     bits, alive, order, present_counts, kept_words, kept_places, kept_counts, keep, counts,
     K, start, max_out,
@@ -236,9 +239,9 @@ def launch_padded_nms(
     n, k = scores.shape
     device = boxes.device
     keep = torch.full((n, max_out), -1, dtype=torch.int64, device=device)
-    counts = torch.zeros(n, dtype=torch.int64, device=device)
+    counts = torch.empty(n, dtype=torch.int64, device=device)
     if n == 0 or k == 0:
-        return keep, counts
+        return keep, counts.zero_()
     boxes, scores, groups = boxes.contiguous(), scores.contiguous(), groups.contiguous()
     chunk = min(CHUNK, triton.cdiv(k, BLOCK) * BLOCK)
     sorted_boxes = torch.empty(5, n, k, dtype=torch.float32, device=device)
@@ -269,15 +272,15 @@ def launch_padded_nms(
                 k, start, max_out, iou_threshold,
                 ROWS=SUPPRESS_ROWS, COLUMNS=SUPPRESS_COLUMNS, CHUNK=chunk, num_warps=4, **exact,
             )  # fmt: skip
-        overlap_kernel[(chunk // OVERLAP_ROWS, chunk // OVERLAP_COLUMNS, n)](
+        overlap_kernel[(chunk // OVERLAP_ROWS, OVERLAP_SHARES, n)](
             sorted_boxes, sorted_groups, present_counts, kept_counts, bits,
             k, start, max_out, iou_threshold,
-            ROWS=OVERLAP_ROWS, COLUMNS=OVERLAP_COLUMNS, CHUNK=chunk, num_warps=4, **exact,
+            ROWS=OVERLAP_ROWS, COLUMNS=OVERLAP_COLUMNS, CHUNK=chunk, num_warps=OVERLAP_WARPS, **exact,
         )  # fmt: skip
         resolve_kernel[(n,)](
             bits, alive, order, present_counts, kept_words, kept_places, kept_counts, keep, counts,
             k, start, max_out,
-            IS_FIRST=start == 0, BLOCK=BLOCK, CHUNK=chunk, num_warps=16,
+            IS_FIRST=start == 0, BLOCK=BLOCK, CHUNK=chunk, num_warps=16, **exact,
         )  # fmt: skip
     return keep, counts
 
@@ -309,14 +312,19 @@ BUILDS = (
         kernel=overlap_kernel,
         signature={**_TABLES, "kept_counts": "*i32", "bits": "*i32", **_CHUNKED, "threshold": "fp32"},
         constants={"ROWS": OVERLAP_ROWS, "COLUMNS": OVERLAP_COLUMNS, "CHUNK": CHUNK},
+        num_warps=OVERLAP_WARPS,
     ),
-    Build(
-        kernel=resolve_kernel,
-        signature={
-            "bits": "*i32", "alive": "*i8", "order": "*i64", "present_counts": "*i32", "kept_words": "*i32",
-            "kept_places": "*i32", "kept_counts": "*i32", "keep": "*i64", "counts": "*i64", **_CHUNKED,
-        },
-        constants={"IS_FIRST": True, "BLOCK": BLOCK, "CHUNK": CHUNK},
-        num_warps=16,
+    *(
+        Build(
+            kernel=resolve_kernel,
+            variant="first" if is_first else "later",
+            signature={
+                "bits": "*i32", "alive": "*i8", "order": "*i64", "present_counts": "*i32", "kept_words": "*i32",
+                "kept_places": "*i32", "kept_counts": "*i32", "keep": "*i64", "counts": "*i64", **_CHUNKED,
+            },
+            constants={"IS_FIRST": is_first, "BLOCK": BLOCK, "CHUNK": CHUNK},
+            num_warps=16,
+        )
+        for is_first in (True, False)
     ),
 )  # fmt: skip

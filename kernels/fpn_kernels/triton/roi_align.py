@@ -144,7 +144,7 @@ def roi_align_kernel(
             y_grid = tl.minimum(tl.ceil(bin_h), MAX_GRID)
         share = 1.0  # of a sample in its bin, unless that is known
         if GRID == 0:
-            share = 1.0 / tl.maximum(x_grid * y_grid, 1.0)
+            share = tl.div_rn(tl.full((), 1.0, tl.float32), tl.maximum(x_grid * y_grid, 1.0))
         for y_bin in range(y_first, y_end):
             if IS_BACKWARD:
                 tile = tl.load(at + y_bin * (SIZE * C), mask=mask).to(tl.float32) * share
@@ -227,8 +227,8 @@ def _launch(
     parts = triton.cdiv(size, tile["ROWS"]) * triton.cdiv(size, tile["BINS"])
     grid = len(rois) * parts, triton.cdiv(channels, tile["BLOCK_C"])
     roi_align_kernel[grid](
-        tables, *pack_sides(tables), tuple(1.0 / stride for stride in strides), levels, rois.contiguous(), counts,
-        pooled, images, len(rois) // max(images, 1), sampling_ratio,
+        tables, *pack_sides(tables), tuple(1.0 / stride for stride in strides), levels, rois.contiguous(),
+        None if counts is None else counts.contiguous(), pooled, images, len(rois) // max(images, 1), sampling_ratio,
         C=channels, SIZE=size, GRID=sampling_ratio if sampling_ratio <= UNROLLED else 0, MAX_GRID=MAX_GRID,
         IS_ALIGNED=aligned, HAS_COUNTS=counts is not None, IS_BACKWARD=is_backward, **tile, enable_fp_fusion=False,
     )  # fmt: skip
@@ -263,4 +263,5 @@ BUILDS = (
     _build("fp16 adaptive", "fp16", 256, grid=0),
     _build("fp16 1024", "fp16", 1024, size=14, levels=1),
     _build("fp16 backward", "fp16", 256, is_backward=True),
+    _build("fp16 adaptive backward", "fp16", 256, grid=0, is_backward=True),
 )

@@ -163,8 +163,8 @@ def _launch(
     tile = tile_for(size, channels)
     parts = triton.cdiv(size, tile["ROWS"]) * triton.cdiv(size, tile["BINS"])
     roi_pool_kernel[(len(rois) * parts, triton.cdiv(channels, tile["BLOCK_C"]))](
-        tables, *pack_sides(tables), tuple(1.0 / stride for stride in strides), levels, rois.contiguous(), counts,
-        pooled, gradients, images, len(rois) // max(images, 1),
+        tables, *pack_sides(tables), tuple(1.0 / stride for stride in strides), levels, rois.contiguous(),
+        None if counts is None else counts.contiguous(), pooled, gradients, images, len(rois) // max(images, 1),
         C=channels, SIZE=size, HAS_COUNTS=counts is not None, IS_BACKWARD=gradients is not None, STEP=UNROLLED,
         **tile, enable_fp_fusion=False,
     )  # fmt: skip

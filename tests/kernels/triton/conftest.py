@@ -1,6 +1,10 @@
 """Fixtures for kernels, on the GPU or in Triton's interpreter."""
 
+import os
 from collections.abc import Iterator
+
+# Read with cuBLAS's first product on a GPU: without it deterministic algorithms, which poison memory, warn of products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest

@@ -6,6 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from fpn_kernels import candidate_capacity
@@ -73,6 +75,33 @@ def test_blocks_and_capacities(tile, capacity):
     sizes = torch.tensor([REAL_SIZE, (500, 600)])
     with mock.patch.multiple(MODULE, TILE=tile, SUMMED=8):
         assert_equals_reference(*head, torch.tensor([21, 18]), sizes, 0.2, 1e-2, WEIGHTS, capacity)
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    classes=st.integers(1, 12),
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    score_thresh=st.floats(0, 1),
+    sharpness=st.floats(0, 4),
+    capacity=st.integers(0, 40),
+)
+def test_any_head_equals_the_loop(classes, counts, score_thresh, sharpness, capacity):
+    logits, deltas, proposals = make_head(len(counts), 9, classes, sharpness=sharpness)
+    softmax = logits.softmax(dim=1)[:, 1:]
+    score_thresh = softmax.flatten()[(softmax.flatten() - score_thresh).abs().argmin()].item() * (1 - 1e-5)
+    sizes = [(300 + 100 * i, 700) for i in range(len(counts))]
+    found = launch(
+        logits, deltas, proposals, torch.tensor(counts), torch.tensor(sizes), score_thresh, capacity=capacity
+    )
+    for i, (*rows, number) in enumerate(zip(*found, strict=True)):
+        part = slice(9 * i, 9 * (i + 1))
+        every = by_loop(logits[part], deltas[part], proposals[i], counts[i], sizes[i], score_thresh, 1e-2)
+        expected = list(every)[:capacity]
+        assert number == len(expected)
+        for slot, (label, score, box) in enumerate(expected):
+            assert rows[2][slot] == label
+            assert rows[1][slot].item() == pytest.approx(score, rel=1e-6)
+            torch.testing.assert_close(rows[0][slot], box, rtol=2 * EPS, atol=3 * EPS * 1000)
 
 
 def test_score_threshold_is_exclusive_and_min_size_inclusive():

@@ -8,6 +8,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.ops import clip_boxes_to_image
 
 from fpn_kernels.decode import decode_proposals_reference
@@ -92,6 +94,27 @@ def test_equals_the_reference(k, block):
     with mock.patch.object(MODULE, "BLOCK", block):
         assert_close(launch(*given), expected)
     assert expected[1].isinf().any()
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5),
+    k=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 64), st.integers(1, 96)),
+    scale=st.floats(0, 20),
+    min_size=st.sampled_from([0.0, 1e-3, 16.0]),
+    score_thresh=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_any_levels_equal_the_reference(shapes, k, size, scale, min_size, score_thresh):
+    objectness, deltas = make_outputs(1, shapes)
+    logits, indices, _ = select_topk_reference(objectness, k)
+    anchors = BASE_ANCHORS[: len(shapes)]
+    deltas = [scale * level for level in deltas]
+    arguments = (logits, indices, deltas, anchors, (64, 96), torch.tensor([size]), k, min_size, score_thresh)
+    boxes, scores = launch(*arguments)
+    assert_close((boxes, scores), decode_proposals_reference(*arguments))
+    assert (boxes >= 0).all()
+    assert (boxes[..., 2:] <= torch.tensor(size[::-1])).all()
 
 
 def test_views_are_read_where_they_are():

@@ -135,6 +135,25 @@ def test_equals_torchvision_and_onnx(threshold):
     assert kept == selected[:, 2].tolist()
 
 
+@pytest.mark.parametrize("score", [0.5, -torch.inf, torch.nan])
+def test_a_single_box(score):
+    """Sizes of 1, which Triton would take for constants."""
+    with blocks(32, 32):
+        kept = run(torch.tensor([[1.0, 2.0, 5.0, 6.0]]), torch.tensor([score]), torch.tensor([7]), 0.5, 1)
+    assert kept == ([0] if score == 0.5 else [])
+
+
+@pytest.mark.parametrize("counted", [32768, 0])
+def test_mostly_nan(counted):
+    boxes, scores = clustered_boxes(300, 20), torch.randint(5, (300,), generator=seeded()) / 4
+    spoilt = torch.rand(300, 5, generator=seeded(1)) < 0.4
+    boxes[spoilt[:, :4]], scores[spoilt[:, 4]] = torch.nan, torch.nan
+    with blocks(64, 128, counted):
+        kept = run(boxes, scores, torch.zeros(300).long(), 0.5, 300)
+    assert 0 < len(kept) < (~spoilt.any(dim=1)).sum() < 40
+    assert kept == greedy_nms(boxes, scores, torch.zeros(300).long(), 0.5, 300)
+
+
 def test_long_chains_settle():
     """Each box overlaps only its neighbours, so that every second one stays: as many rounds as a block has boxes."""
     x = torch.arange(100, dtype=torch.float32)

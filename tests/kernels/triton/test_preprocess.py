@@ -5,12 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fpn_kernels import pack_images
 from fpn_kernels.preprocess import preprocess_reference
 from fpn_kernels.triton.preprocess import launch_preprocess
-from tests.kernels.test_preprocess import MEAN, STD, make_image
+from tests.kernels.test_preprocess import MEAN, STD, by_hand, make_image
 from tests.kernels.triton.capture import assert_capturable
 from tests.kernels.triton.device import DEVICE
 
@@ -51,6 +53,21 @@ def test_equals_torchvision(shape, rule):
     expected, _ = transform([image.permute(2, 0, 1).float() / 255])
     batch = launch(*give([image], expected.image_sizes, tuple(expected.tensors.shape[-2:])))
     torch.testing.assert_close(batch, expected.tensors, rtol=0, atol=ROUNDING, check_stride=False)
+
+
+SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=2), st.booleans())
+def test_any_sizes_equal_arithmetic_by_hand(sizes, planar):
+    images = [make_image(*size, seed) for seed, (size, _) in enumerate(sizes)]
+    resized = [size for _, size in sizes]
+    batch = launch(*give(images, resized, (9, 10), planar=planar))
+    for found, image, (h, w) in zip(batch, images, resized, strict=True):
+        # A source position of up to 9 is off by 9 * 2^-24, a value then by that part of two neighbours' difference.
+        torch.testing.assert_close(found[:, :h, :w].double(), by_hand(image, h, w), rtol=0, atol=1e-5)
+        assert found[:, h:].count_nonzero() + found[:, :, w:].count_nonzero() == 0
 
 
 def test_long_rows_have_the_reference_s_source_positions():

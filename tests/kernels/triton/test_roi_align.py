@@ -144,6 +144,8 @@ def test_memory_format_does_not_matter():
     transposed = [level.transpose(2, 3).contiguous().transpose(2, 3) for level in features]
     for same in (channels_last, sliced, transposed):
         assert torch.equal(launch(same, torch.cat([rois, rois], dim=1)[:, 5:], args=args), expected)
+    counts = torch.tensor([[1, 9], [0, 9]])[:, 0]
+    assert torch.equal(launch(features, rois, counts, args=args), expected * torch.tensor([1, 0])[:, None, None, None])
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 1])
@@ -238,16 +240,6 @@ def test_gradient_equals_the_reference(sampling_ratio, dtype):
             torch.testing.assert_close(
                 found.float(), wanted, rtol=STEPS[dtype], atol=8 * STEPS[dtype], check_stride=False
             )
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
-def test_is_one_operator():
-    features = [level.to(DEVICE).requires_grad_() for level in make_pyramid(levels=SHAPES[:2])]
-    rois, counts = small_rois().to(DEVICE), torch.tensor([3, 2]).to(DEVICE)
-    arguments = features, rois, counts, 2, *form(STRIDES[:2])
-    torch.library.opcheck(torch.ops.fpn.multilevel_roi_align.default, arguments)
-    backward = torch.randn(6, 4, 2, 2, device=DEVICE), [2, *SHAPES[0], *SHAPES[1]], *arguments[1:3], *arguments[4:]
-    torch.library.opcheck(torch.ops.fpn.multilevel_roi_align_backward.default, backward)
 
 
 def test_compiles_whole_with_its_gradient():
