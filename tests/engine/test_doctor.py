@@ -38,7 +38,13 @@ VERSIONS = {
 }
 REPLIES: dict[str, dict[str, Any]] = {
     "driver": {"hardware": True, "cuda": "13.2", "driver": "595.10"},
-    "torch": {"cuda": "13.2", "archs": ["sm_80", "sm_90", "sm_100", "compute_120"], "devices": [H200], "reason": ""},
+    "torch": {
+        "cuda": "13.2",
+        "archs": ["sm_80", "sm_90", "sm_100", "compute_120"],
+        "devices": [H200],
+        "reason": "",
+        "cudnn": None,
+    },
     "torchvision": {"version": "0.29.2+cu132"},
     "onnxruntime": {
         "providers": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -274,6 +280,38 @@ PROBLEMS: dict[str, tuple[FakeMachine, str, str]] = {
         "bindings are 10.13.3.9 but the library they find is 10.9.0",
         "LD_LIBRARY_PATH",
     ),
+    "TensorRT too old": (
+        FakeMachine(
+            {name: "10.6.0.26" for name in VERSIONS if name.startswith("tensorrt")},
+            {"tensorrt": {"version": "10.6.0.26", "library": "10.6.0"}},
+        ),
+        "TensorRT 10.6.0.26 is too old for the tensorrt backend, which needs 10.7 or newer",
+        "pip install -U 'tensorrt>=10.7'",
+    ),
+    "TensorRT newer than the driver": (
+        FakeMachine(
+            replies={
+                "driver": {"hardware": True, "cuda": "12.8", "driver": "570.86"},
+                "tensorrt": "ImportError: libcudart.so.13",
+            }
+        ),
+        "TensorRT is built for CUDA 13, but the NVIDIA driver supports CUDA up to 12.8",
+        "pip uninstall -y tensorrt-cu13 tensorrt-cu13-bindings tensorrt-cu13-libs && pip install tensorrt-cu12",
+    ),
+    "another cuDNN first": (
+        FakeMachine(
+            {"nvidia-cudnn-cu13": "9.26.0.51"},
+            {"torch": {**REPLIES["torch"], "cudnn": "cuDNN version incompatibility: compiled with (9, 26, 0)"}},
+            environment={"LD_LIBRARY_PATH": "/opt/cudnn"},
+        ),
+        "torch 2.15.0 cannot use cuDNN (nvidia-cudnn-cu13 9.26.0.51): cuDNN version incompatibility",
+        "unset LD_LIBRARY_PATH, or: pip install --force-reinstall torch==2.15.0",
+    ),
+    "no cuDNN": (
+        FakeMachine(replies={"torch": {**REPLIES["torch"], "cudnn": "it finds none"}}),
+        "torch 2.15.0 cannot use cuDNN (no package of it installed): it finds none",
+        "pip install --force-reinstall torch==2.15.0",
+    ),
     "cache": (
         FakeMachine(
             cache=FpnEngineError("cannot use the cache folder /c: Read-only file system; set FPN_ENGINE_CACHE")
@@ -306,6 +344,11 @@ NOTES: dict[str, tuple[FakeMachine, str, str]] = {
         FakeMachine(dict(TENSORRT_11), REPLY_11),
         "needs TensorRT 10 and cannot use 11.1.0.3",
         "pip install 'tensorrt==10.*'",
+    ),
+    "a GPU without TensorRT": (
+        FakeMachine({name: None for name in VERSIONS if name.startswith("tensorrt")}),
+        "not installed; the tensorrt backend is off",
+        "pip install 'fpn-engine[tensorrt]'",
     ),
     "ONNX Runtime without CUDA": (
         FakeMachine(

@@ -13,6 +13,8 @@ from fpn_engine.doctor.packages import torch_cuda
 TOPIC = "CUDA"
 NO_DEVICE = "no CUDA device: everything runs on the CPU, slower"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+LOADER_PATH = "LD_LIBRARY_PATH"
+CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 GET_STARTED = "https://pytorch.org/get-started/locally"
 
 
@@ -28,6 +30,8 @@ def examine_cuda(machine: Machine, probes: Mapping[str, Reply]) -> Iterator[Find
         return
     for device in torch.values["devices"]:
         yield from _examine_device(device, torch.values["archs"], driver)
+    if torch.values["devices"] and (reason := torch.values.get("cudnn")):
+        yield _explain_cudnn(machine, version, reason)
     if not torch.values["devices"]:
         yield _explain_none(machine, version, torch.values, driver)
 
@@ -95,6 +99,16 @@ def _explain_none(machine: Machine, version: str, torch: Mapping[str, Any], driv
     reason = torch["reason"] or "it gives no reason"
     message = f"torch {version} finds no GPU although there is one: {reason}"
     return Finding("problem", TOPIC, message, "see whether nvidia-smi works, then restart the machine or the container")
+
+
+def _explain_cudnn(machine: Machine, version: str, reason: str) -> Finding:
+    """torch brings the cuDNN that it was built for as a package; another one on the loader's path displaces it."""
+    package = next((name for name in CUDNN if machine.version(name)), None)
+    remedy = f"pip install --force-reinstall torch=={version}"
+    if machine.environment.get(LOADER_PATH):
+        remedy = f"unset {LOADER_PATH}, or: {remedy}"
+    found = f"{package} {machine.version(package)}" if package else "no package of it installed"
+    return Finding("problem", "cuDNN", f"torch {version} cannot use cuDNN ({found}): {reason}", remedy)
 
 
 def _major(version: str) -> int:

@@ -37,7 +37,10 @@ def probe_driver() -> dict[str, Any]:
 
 
 def probe_torch() -> dict[str, Any]:
-    """torch's ``cuda`` version or None, ``archs``, ``devices``, and the ``reason`` why there are none."""
+    """torch's ``cuda`` version or None, ``archs``, ``devices``, the ``reason`` why there are none, and ``cudnn``.
+
+    ``cudnn`` is why torch cannot use cuDNN, None where it can or where torch is for the CPU.
+    """
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -56,7 +59,8 @@ def probe_torch() -> dict[str, Any]:
         except Exception as error:
             reason = str(error)
     archs = torch.cuda.get_arch_list() if available else []
-    return {"cuda": torch.version.cuda, "archs": archs, "devices": devices, "reason": _first_line(reason)}
+    found = {"cuda": torch.version.cuda, "archs": archs, "devices": devices, "reason": _first_line(reason)}
+    return found | {"cudnn": _why_no_cudnn(torch) if torch.version.cuda else None}
 
 
 def probe_torchvision() -> dict[str, Any]:
@@ -122,6 +126,14 @@ def main() -> None:
     values = PROBES[sys.argv[1]]()
     with os.fdopen(answer, "w", encoding="utf-8") as stream:
         json.dump(values, stream)
+
+
+def _why_no_cudnn(torch: Any) -> str | None:
+    """torch compares the cuDNN that it finds with the one that it was built for and raises if they do not fit."""
+    try:
+        return None if torch.backends.cudnn.version() else "it finds none"
+    except Exception as error:
+        return _first_line(str(error)) or type(error).__name__
 
 
 def _has_nvidia_card() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fpn_engine.doctor.finding import Finding
 from fpn_engine.doctor.machine import Machine, Reply
@@ -10,6 +11,7 @@ from fpn_engine.doctor.packages import RUNTIMES
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
+OLDEST = (10, 7)  # as pyproject.toml and the backend have it
 FAMILIES = ("tensorrt-cu12", "tensorrt-cu13")  # each with -bindings and -libs
 
 
@@ -53,7 +55,9 @@ def examine_tensorrt(machine: Machine, probes: Mapping[str, Reply]) -> Iterator[
     names = ["tensorrt", *(f"{family}{part}" for family in FAMILIES for part in ("", "-bindings", "-libs"))]
     found = {name: version for name in names if (version := machine.version(name))}
     if not found:
-        yield Finding("note", "TensorRT", "not installed; the tensorrt backend is off")
+        has_gpu = bool(probes["torch"].values.get("devices"))
+        remedy = "pip install 'fpn-engine[tensorrt]'" if has_gpu else None
+        yield Finding("note", "TensorRT", "not installed; the tensorrt backend is off", remedy)
         return
     version = _tensorrt_version(machine)
     reply = probes["tensorrt"]
@@ -64,6 +68,10 @@ def examine_tensorrt(machine: Machine, probes: Mapping[str, Reply]) -> Iterator[
         yield Finding("problem", "TensorRT", f"TensorRT is installed for two CUDA versions: {listed}", reinstall)
     elif len(set(found.values())) > 1:
         yield Finding("problem", "TensorRT", f"the parts of TensorRT are from different releases: {listed}", reinstall)
+    elif probes["torch"].values.get("devices") and (
+        too_old := _driver_too_old(families[0] if families else "", probes["driver"].values)
+    ):  # where torch runs: without it the driver is what is reported already
+        yield Finding("problem", "TensorRT", *too_old)
     elif reply.failure:
         bare = any(name.endswith("-bindings") for name in found) and not any(name.endswith("-libs") for name in found)
         what = "bindings are installed without their libraries" if bare else "bindings cannot be imported"
@@ -75,8 +83,29 @@ def examine_tensorrt(machine: Machine, probes: Mapping[str, Reply]) -> Iterator[
             f"TensorRT's bindings are {reply.values['version']} but the library they find is {library}",
             f"take other TensorRT folders off LD_LIBRARY_PATH, or: {reinstall}",
         )
+    elif _numbers(version or "0") < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        message = f"TensorRT {version} is too old for the tensorrt backend, which needs {wanted} or newer"
+        yield Finding("problem", "TensorRT", message, f"pip install -U 'tensorrt>={wanted}'")
     else:
         yield Finding("ok", "TensorRT", f"{reply.values['version']} can be imported")
+
+
+def _driver_too_old(family: str, driver: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What to say, and the remedy, if the driver cannot run what TensorRT was built for."""
+    built, supported = family.rpartition("cu")[2], driver.get("cuda")
+    if not built or not supported or _numbers(supported)[0] >= int(built):
+        return None
+    return (
+        f"TensorRT is built for CUDA {built}, but the NVIDIA driver supports CUDA up to {supported}",
+        f"update the NVIDIA driver, or: pip uninstall -y {family} {family}-bindings {family}-libs && "
+        f"pip install tensorrt-cu{_numbers(supported)[0]}",
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 def _tensorrt_version(machine: Machine) -> str | None:

@@ -1,0 +1,1 @@
+"""TensorRT: strongly typed graphs and the engines that its builder makes of them."""
