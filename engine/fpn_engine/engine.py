@@ -3,73 +3,144 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fpn_engine.backends.loading import load_parts
+from fpn_engine.batching import Batch, Size, make_batches, size_ratio
+from fpn_engine.buckets import Buckets
 from fpn_engine.detections import Detections
-from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, ProposalError
+from fpn_engine.devices import choose_device
+from fpn_engine.errors import DeviceMemoryError, FpnEngineError, ImageError, OptionError, ProposalError
 from fpn_engine.images import to_array
-from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Pipeline, Proposals, Thresholds
+from fpn_engine.pipeline import Pipeline, Thresholds
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
-from fpn_engine.resizing import padded_size, resized_size
+from fpn_engine.reading import ReadAhead, ReadItem
+from fpn_engine.runtime import make_runner
+from fpn_engine.runtime.runner import Group, Runner, Task
 from fpn_engine.spec import ModelSpec
-from fpn_kernels import pack_images, preprocess
+from fpn_engine.work import Outcome, Pixels, Window, Work, name_error
 
 if TYPE_CHECKING:
     from fpn_engine.images import ImageLike
 
-Pixels = NDArray[np.uint8]
-NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"
+MAX_READERS = 16  # threads that decode for a GPU; for the CPU, which has its own work, there is one
 
 
-class Outcome(NamedTuple):
-    """What became of one image of a stream: its pixels and detections, or the error that was met."""
+class LoadOptions(TypedDict, total=False):
+    """How a plan is made ready; what is not said here is said at :class:`Engine`.
 
-    source: str
-    pixels: Pixels | None
-    result: Detections | FpnEngineError
+    Attributes:
+        threads: CPU threads of the neural parts, None takes one per core.
+        device: "cpu", "cuda" or "cuda:1", of the kind that the plan was built for; None takes that kind's current one.
+        streams: on CUDA, how many groups of images compute at once, each on parts and buffers of its own: more
+            throughput where one group does not fill the device, for latency and memory.
+    """
+
+    batch_size: int
+    threads: int | None
+    device: str | None
+    streams: int
+    buckets: int | Sequence[Size] | None
+    graph_memory: int | None
 
 
 class Engine:
     """Detects objects in images of any size; ``Engine.load("model.plan")(images)``.
 
     The result of an image does not depend on what else is in the call: images are grouped by their padded size and
-    never padded further to fit a batch.
+    never padded further to fit a batch. Several threads may call one engine.
 
     Args:
-        pipeline: the detector; :meth:`load` makes it from a plan, ``FpnDetector.pipeline`` is PyTorch's own.
+        pipeline: the detector; :meth:`load` makes it from a plan, ``FpnDetector.pipeline`` is PyTorch's own. Several
+            on one device, none of which shares buffers with another, take turns, each with a stream of its own.
         batch_size: most images run at once.
+        buckets: pad images further, to sizes that more of them share; see :class:`fpn_engine.buckets.Buckets`.
+        graphs: on CUDA, capture what runs more than once. False runs operation by operation, for a model in training,
+            which needs the memory, or one that cannot be captured. graph_memory: their limit in bytes, None takes half
+            of what is free.
+        runner: how groups are run; None takes what suits the device.
     """
 
-    def __init__(self, pipeline: Pipeline, *, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline | Sequence[Pipeline],
+        *,
+        batch_size: int = 1,
+        buckets: int | Sequence[Size] | None = None,
+        graphs: bool = True,
+        graph_memory: int | None = None,
+        runner: Runner | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self.spec: ModelSpec = pipeline.spec
+        pipelines = [pipeline] if isinstance(pipeline, Pipeline) else list(pipeline)
+        self.spec: ModelSpec = pipelines[0].spec
+        self.device = pipelines[0].device
         self.batch_size = batch_size
-        self._pipeline = pipeline
+        self._buckets = Buckets(buckets, self.spec.size_divisor)
+        self._runner = runner or make_runner(pipelines, batch_size, graphs=graphs, graph_memory=graph_memory)
 
     @classmethod
-    def from_plan(cls, plan: Plan, *, batch_size: int = 1, threads: int | None = None) -> Self:
-        """Make a plan ready; ``threads`` are the CPU threads of its neural parts, None takes one per core.
+    def from_plan(cls, plan: Plan, **options: Unpack[LoadOptions]) -> Self:
+        """Make a plan ready.
 
-        Raises: PlanError if it was built for something else than what is here.
+        Raises: PlanError if it was built for something else than what is here, BackendError for a device that is not
+            here, OptionError for streams or buckets that it has not.
         """
-        trunk, head = load_parts(plan, threads)
-        return cls(Pipeline(plan.manifest.spec, trunk, head), batch_size=batch_size)
+        device = choose_device(plan.manifest, options.get("device"))
+        threads, streams = options.get("threads"), options.get("streams", 1)
+        if streams < 1 or (streams > 1 and device.type == "cpu"):
+            raise OptionError(f"streams must be at least 1, and 1 on the CPU, not {streams}")
+        spec = plan.manifest.spec
+        return cls(
+            [Pipeline(spec, *load_parts(plan, threads, device), device) for _ in range(streams)],
+            batch_size=options.get("batch_size", 1),
+            buckets=options.get("buckets"),
+            graph_memory=options.get("graph_memory"),
+        )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None) -> Self:
-        """Read and check a plan. Raises PlanError in one sentence that says how to rebuild."""
-        return cls.from_plan(read_plan(Path(path)), batch_size=batch_size, threads=threads)
+    def load(cls, path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
+        """Read and check a plan and make it ready. Raises PlanError in one sentence that says how to rebuild."""
+        return cls.from_plan(read_plan(Path(path)), **options)
+
+    def warmup(
+        self,
+        sizes: Iterable[Size],
+        *,
+        batches: Sequence[int] | None = None,
+        thresholds: Thresholds | None = None,
+    ) -> None:
+        """Make images of these sizes as fast at first as they are later: compile, measure and capture beforehand.
+
+        Args:
+            sizes: (h, w) of the images to come, before resizing. batches: how many at once; None takes batch_size.
+            thresholds: those of the calls to come; None takes the spec's.
+        Raises: OptionError for a batch above batch_size.
+        """
+        spec, thresholds = self.spec, thresholds or Thresholds.of(self.spec)
+        found: dict[tuple[int, Size], tuple[Size, Batch]] = {}
+        for shape in sizes:
+            for number in batches or [self.batch_size]:
+                if not 1 <= number <= self.batch_size:
+                    raise OptionError(f"batches must be from 1 to batch_size, {self.batch_size}, not {number}")
+                (batch,) = make_batches([shape] * number, spec, number, self._buckets)
+                found.setdefault((number, batch.padded_size), (shape, batch))
+        areas = {key: key[0] * key[1][0] * key[1][1] for key in found}
+        for key in sorted(found, key=areas.__getitem__, reverse=True):  # so that smaller graphs fit into the pool
+            shape, batch = found[key]
+            image = np.zeros((*shape, 3), np.uint8)
+            given = None if spec.has_rpn else [np.zeros((spec.rpn_post_nms_top_n_test, 4), np.float32)] * key[0]
+            group = Group([image] * key[0], batch.image_sizes, given)
+            self._runner.warm(group, Task(padded_size=batch.padded_size, thresholds=thresholds))
 
     def __call__(
         self,
@@ -94,11 +165,11 @@ class Engine:
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         self._check_proposals(proposals is not None)
         given = None if proposals is None else as_boxes(proposals, len(listed))
-        results = self._detect(_read_all(listed), thresholds, given)
+        results = self._begin(_read_all(listed), thresholds, given).finish()
         found = []
         for number, (image, result) in enumerate(zip(listed, results, strict=True)):
-            if isinstance(result, NonFiniteError):
-                raise NonFiniteError(f"{_source(image) or f'image {number}'}: {result}")
+            if isinstance(result, FpnEngineError):
+                raise name_error(result, _source(image) or f"image {number}")
             found.append(replace(result, source=_source(image)))
         return found
 
@@ -112,29 +183,27 @@ class Engine:
     ) -> Iterator[Outcome]:
         """Detect in files one after another, in order and in bounded memory; a bad file is an outcome, not an end.
 
-        ``proposals`` gives a Fast R-CNN those of the image at a path; what it raises as FpnEngineError is an outcome.
+        Files are read ahead in other threads. On a GPU several groups are under way at once, and no outcome waits for
+        one that begins later. Closing the generator ends the threads.
+
+        Args:
+            read: is called in those threads. proposals: gives a Fast R-CNN those of the image at a path; what it raises
+                as FpnEngineError is an outcome.
         """
         self._check_proposals(proposals is not None)
         thresholds = thresholds or Thresholds.of(self.spec)
-        remaining = iter(paths)
+        readers = 1 if self.device.type == "cpu" else min(MAX_READERS, os.cpu_count() or 1)
         # A window of several batches, so that mixed sizes still fill batches of one size.
         window = self.batch_size if self.batch_size == 1 else 4 * self.batch_size
-        while chunk := list(islice(remaining, window)):
-            read_chunk = [_read_with_proposals(path, read, proposals) for path in chunk]
-            good = [image for image in read_chunk if not isinstance(image, FpnEngineError)]
-            given = [boxes for _, boxes in good if boxes is not None]
-            results = iter(self._detect([pixels for pixels, _ in good], thresholds, given if proposals else None))
-            for path, item in zip(chunk, read_chunk, strict=True):
-                source = os.fspath(path)
-                if isinstance(item, FpnEngineError):
-                    yield Outcome(source, None, item)
-                    continue
-                image = item[0]
-                result = next(results)
-                if isinstance(result, NonFiniteError):
-                    yield Outcome(source, image, NonFiniteError(f"{source}: {result}"))
-                else:
-                    yield Outcome(source, image, replace(result, source=source))
+        under_way: deque[Window] = deque()
+        with ReadAhead(paths, read, threads=readers, ahead=max(readers, window)) as reading:
+            while items := reading.take(window):
+                under_way.append(self._begin_window(items, thresholds, proposals))
+                while under_way and sum(len(w.batches) for w in list(under_way)[1:]) >= self._runner.depth:
+                    yield from under_way.popleft().finish()
+            while under_way:
+                yield from under_way.popleft().finish()
+            reading.raise_failure()
 
     def propose(self, images: ImageLike | Sequence[ImageLike]) -> list[ProposalBoxes]:
         """The RPN's class-agnostic proposals (Lin et al. 2017, sec. 4.1), at most rpn_post_nms_top_n_test each.
@@ -144,25 +213,12 @@ class Engine:
         if not self.spec.has_rpn:
             raise ProposalError("a Fast R-CNN has no RPN and proposes nothing")
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-        pixels = _read_all(listed)
-        found: list[ProposalBoxes | None] = [None] * len(pixels)
-        for indices, size in self._batches(pixels):
-            chosen = [pixels[i] for i in indices]
-            batch, image_sizes = self._preprocess(chosen, size)
-            with torch.inference_mode():
-                out = self._pipeline.trunk(batch)
-                proposals = self._pipeline.propose(out, size, image_sizes)
-                finite = self._pipeline.find_finite(out).tolist()
-                proposals = Proposals(*(t.cpu() for t in proposals))
-            for row, index in enumerate(indices):
-                if not finite[row]:
-                    raise NonFiniteError(f"{_source(listed[index]) or f'image {index}'}: {NON_FINITE_REASON}")
-                n = int(proposals.counts[row])
-                ratio = _ratio(pixels[index].shape[:2], image_sizes[row].tolist())
-                found[index] = ProposalBoxes(
-                    proposals.boxes[row, :n].numpy() * ratio, proposals.scores[row, :n].numpy().copy()
-                )
-        return [proposal for proposal in found if proposal is not None]
+        found = []
+        for number, result in enumerate(self._begin(_read_all(listed), None, None).finish()):
+            if isinstance(result, FpnEngineError):
+                raise name_error(result, _source(listed[number]) or f"image {number}")
+            found.append(ProposalBoxes(result.boxes, result.scores))
+        return found
 
     def thresholds(
         self, score: float | None = None, nms: float | None = None, max_detections: int | None = None
@@ -178,75 +234,56 @@ class Engine:
         if not given and not self.spec.has_rpn:
             raise ProposalError("this model is a Fast R-CNN, which detects among given proposals; give them too")
 
-    def _detect(
-        self, images: Sequence[Pixels], thresholds: Thresholds, given: Sequence[Boxes] | None
-    ) -> list[Detections | NonFiniteError]:
-        results: list[Detections | NonFiniteError | None] = [None] * len(images)
-        for indices, size in self._batches(images):
-            chosen = [images[i] for i in indices]
-            batch, image_sizes = self._preprocess(chosen, size)
-            proposals = None if given is None else self._pack(chosen, [given[i] for i in indices], image_sizes)
-            with torch.inference_mode():
-                padded = self._pipeline(batch, image_sizes, thresholds, proposals)
-                padded = PaddedDetections(*(t.cpu() for t in padded))
-            for row, index in enumerate(indices):
-                results[index] = self._trim(padded, row, images[index], image_sizes[row])
-        return [result for result in results if result is not None]
+    def _begin_window(
+        self,
+        items: Sequence[ReadItem[Pixels]],
+        thresholds: Thresholds,
+        proposals: Callable[[str], ProposalBoxes] | None,
+    ) -> Window:
+        """Begin with what could be read."""
+        read: list[tuple[str, Pixels | FpnEngineError]] = []
+        given: list[Boxes] = []
+        for path, result in items:
+            source = os.fspath(path)
+            try:
+                if proposals is not None and not isinstance(result, FpnEngineError):
+                    given += as_boxes([proposals(source)], 1)
+                read.append((source, result))
+            except FpnEngineError as error:
+                read.append((source, error))
+        images = [result for _, result in read if not isinstance(result, FpnEngineError)]
+        return Window(read, self._begin(images, thresholds, given if proposals else None))
 
-    def _batches(self, images: Sequence[Pixels]) -> Iterator[tuple[list[int], tuple[int, int]]]:
-        """Indices of images that share a padded size, at most batch_size at a time."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, image in enumerate(images):
-            groups.setdefault(padded_size(self._resized(image), self.spec.size_divisor), []).append(index)
-        for size, indices in groups.items():
-            for start in range(0, len(indices), self.batch_size):
-                yield indices[start : start + self.batch_size], size
+    def _begin(self, images: Sequence[Pixels], thresholds: Thresholds | None, given: Sequence[Boxes] | None) -> Work:
+        """Begin to detect, or without thresholds to propose, in images of any sizes."""
+        work = Work(self.spec, images)
+        shapes = [(image.shape[0], image.shape[1]) for image in images]
+        for batch in make_batches(shapes, self.spec, self.batch_size, self._buckets):
+            self._submit(batch, work, thresholds, given)
+        return work
 
-    def _resized(self, image: Pixels) -> tuple[int, int]:
-        return resized_size(image.shape[0], image.shape[1], self.spec.min_size, self.spec.max_size)
-
-    def _preprocess(self, images: Sequence[Pixels], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = pack_images([torch.from_numpy(image) for image in images])
-        image_sizes = torch.tensor([self._resized(image) for image in images], dtype=torch.int64)
-        batch = preprocess(
-            *packed,
-            image_sizes,
-            size,
-            self.spec.image_mean,
-            self.spec.image_std,
-            reverse_channels=self.spec.channel_order == "bgr",
-        )
-        return batch.to(self._pipeline.device), image_sizes.to(self._pipeline.device)
-
-    def _pack(self, images: Sequence[Pixels], given: Sequence[Boxes], image_sizes: torch.Tensor) -> Proposals:
-        """Boxes in pixels of the originals as proposals in pixels of the resized images, padded to one length."""
-        capacity = max(1, *(len(boxes) for boxes in given))
-        packed = torch.zeros(len(images), capacity, 4)
-        for row, (image, boxes) in enumerate(zip(images, given, strict=True)):
-            packed[row, : len(boxes)] = torch.from_numpy(boxes * _ratio(image_sizes[row].tolist(), image.shape[:2]))
-        counts = torch.tensor([len(boxes) for boxes in given], dtype=torch.int64)
-        return Proposals.given(packed.to(self._pipeline.device), counts.to(self._pipeline.device))
-
-    def _trim(
-        self, padded: PaddedDetections, row: int, image: Pixels, image_size: torch.Tensor
-    ) -> Detections | NonFiniteError:
-        """Row ``row`` on the host, boxes back in pixels of the original image."""
-        if int(padded.status[row]) == NON_FINITE:
-            return NonFiniteError(NON_FINITE_REASON)
-        n = int(padded.counts[row])
-        return Detections(
-            boxes=padded.boxes[row, :n].numpy() * _ratio(image.shape[:2], image_size.tolist()),
-            scores=padded.scores[row, :n].numpy().copy(),
-            labels=padded.labels[row, :n].numpy().copy(),
-            image_size=(image.shape[0], image.shape[1]),
-            categories=self.spec.categories,
-        )
-
-
-def _ratio(of: Sequence[int], to: Sequence[int]) -> NDArray[np.float32]:
-    """One (h, w) over another as x, y, x, y, rounded to float32 before it multiplies, as torchvision does."""
-    h, w = (np.float32(side) / np.float32(other) for side, other in zip(of, to, strict=True))
-    return np.array([w, h, w, h], dtype=np.float32)
+    def _submit(self, batch: Batch, work: Work, thresholds: Thresholds | None, given: Sequence[Boxes] | None) -> None:
+        """Give a batch to the runner, or its halves where the device has not the memory for it."""
+        indices, sizes = batch.indices, batch.image_sizes
+        boxes = None
+        if given is not None:
+            shapes = [work.images[index].shape[:2] for index in indices]
+            scales = [size_ratio(size, shape) for size, shape in zip(sizes, shapes, strict=True)]
+            boxes = [given[index] * scale for index, scale in zip(indices, scales, strict=True)]
+        group = Group([work.images[index] for index in indices], sizes, boxes)
+        try:
+            pending = self._runner.submit(group, Task(padded_size=batch.padded_size, thresholds=thresholds))
+        except DeviceMemoryError as error:
+            failure = DeviceMemoryError(str(error))  # without the traceback, which holds what was computed
+        else:
+            work.batches.append((batch, pending))
+            return
+        if len(indices) == 1:
+            work.failures[indices[0]] = failure
+            return
+        half = len(indices) // 2
+        for part in (slice(half), slice(half, None)):
+            self._submit(Batch(indices[part], sizes[part], batch.padded_size), work, thresholds, given)
 
 
 def _source(image: Any) -> str | None:
@@ -265,15 +302,3 @@ def _read_all(images: Sequence[Any]) -> list[Pixels]:
                 raise
             raise ImageError(f"image {number}: {error}") from error
     return pixels
-
-
-def _read_with_proposals(
-    path: str | os.PathLike[str],
-    read: Callable[[str | os.PathLike[str]], Pixels],
-    proposals: Callable[[str], ProposalBoxes] | None,
-) -> tuple[Pixels, Boxes | None] | FpnEngineError:
-    """An image and what it is given, or the error that was met."""
-    try:
-        return read(path), None if proposals is None else as_boxes([proposals(os.fspath(path))], 1)[0]
-    except FpnEngineError as error:
-        return error

@@ -9,6 +9,10 @@ class SpecError(FpnEngineError, ValueError):
     """A model specification with an unknown key or a value outside its range."""
 
 
+class OptionError(FpnEngineError, ValueError):
+    """An option outside of what this model or device allows."""
+
+
 class ImageError(FpnEngineError):
     """An image that cannot be read or is refused."""
 
@@ -43,3 +47,7 @@ class AnnotationError(FpnEngineError):
 
 class DownloadError(FpnEngineError):
     """A file that the network, its server or the disk refuses, or that is not the published one."""
+
+
+class DeviceMemoryError(FpnEngineError):
+    """A device without the memory for an image."""

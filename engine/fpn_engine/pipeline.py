@@ -18,11 +18,13 @@ from torch import Tensor
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
 from fpn_engine.spec import ModelSpec
 from fpn_kernels import (
+    PackedImages,
     decode_proposals,
     make_base_anchors,
     multilevel_roi_align,
     multilevel_roi_pool,
     padded_nms,
+    preprocess,
     select_candidates,
     select_topk,
 )
@@ -99,18 +101,45 @@ class Pipeline:
 
     Args:
         spec: the model. trunk, head: its two neural parts, on ``device``; an RPN alone has no head.
+        fixed_shapes: no shape depends on a value and none is read back, as a captured graph needs it; None has it so
+            everywhere but on the CPU, where a look at a count is free and saves the head empty rows.
     """
 
-    def __init__(self, spec: ModelSpec, trunk: Trunk, head: BoxHead | None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        trunk: Trunk,
+        head: BoxHead | None,
+        device: torch.device | str = "cpu",
+        *,
+        fixed_shapes: bool | None = None,
+    ) -> None:
         self.spec = spec
         self.trunk = trunk
         self.head = head
         self.device = torch.device(device)
+        self._fixed_shapes = self.device.type != "cpu" if fixed_shapes is None else fixed_shapes
         anchors = [make_base_anchors(sizes, spec.aspect_ratios) for sizes in spec.anchor_sizes]
         self._base_anchors = torch.stack(anchors).to(device)
         first = spec.roi_levels[0] - spec.levels[0]
         self._roi_levels = slice(first, first + len(spec.roi_levels) if spec.has_box_head else first)
         self._roi_strides = [float(2**level) for level in spec.roi_levels]
+
+    def preprocess(self, packed: PackedImages, image_sizes: Tensor, padded_size: tuple[int, int]) -> Tensor:
+        """(N, 3, *padded_size), as the trunk wants it: float32, or its ``input_dtype`` if it has one.
+
+        Args: image_sizes: (N, 2) int64, resized height and width before padding.
+        """
+        spec = self.spec
+        return preprocess(
+            *packed,
+            image_sizes,
+            padded_size,
+            spec.image_mean,
+            spec.image_std,
+            reverse_channels=spec.channel_order == "bgr",
+            dtype=getattr(self.trunk, "input_dtype", torch.float32),
+        )
 
     def __call__(
         self, images: Tensor, image_sizes: Tensor, thresholds: Thresholds, proposals: Proposals | None = None
@@ -127,10 +156,20 @@ class Pipeline:
             raise ValueError("a fast_rcnn detects among given proposals, but there are none")
         out = self.trunk(images)
         if not self.spec.has_box_head:
-            return self._as_detections(out, self.propose(out, images.shape[-2:], image_sizes, thresholds), thresholds)
+            found = self.propose(out, images.shape[-2:], image_sizes, thresholds)
+            return self._as_detections(out, found, thresholds.box_detections_per_img)
         if proposals is None:
             proposals = self.propose(out, images.shape[-2:], image_sizes)
         return self.classify(out, proposals, image_sizes, thresholds)
+
+    def find_proposals(self, images: Tensor, image_sizes: Tensor) -> PaddedDetections:
+        """The RPN's proposals in a preprocessed batch as detections of label 1, rpn_post_nms_top_n_test slots.
+
+        Args: as a call of the pipeline.
+        """
+        out = self.trunk(images)
+        found = self.propose(out, images.shape[-2:], image_sizes)
+        return self._as_detections(out, found, self.spec.rpn_post_nms_top_n_test)
 
     def propose(
         self,
@@ -161,19 +200,19 @@ class Pipeline:
         )
         groups = levels.expand(len(logits), -1)
         keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test)
-        if counts.device.type == "cpu":  # reading a count costs nothing here and saves the head empty rows
+        if not self._fixed_shapes:
             keep = keep[:, : max(1, int(counts.max()))]
-        return Proposals(_take(boxes, keep), _take(scores[..., None], keep)[..., 0], counts)
+        boxes, scores = _take(keep, boxes, scores)
+        return Proposals(boxes, scores, counts)
 
-    def _as_detections(self, out: TrunkOutput, proposals: Proposals, thresholds: Thresholds) -> PaddedDetections:
-        """The best proposals as detections of label 1."""
-        limit = thresholds.box_detections_per_img
+    def _as_detections(self, out: TrunkOutput, proposals: Proposals, limit: int) -> PaddedDetections:
+        """The best ``limit`` proposals as detections of label 1."""
         missing = max(0, limit - proposals.scores.shape[1])
         boxes = F.pad(proposals.boxes[:, :limit], (0, 0, 0, missing))
         scores = F.pad(proposals.scores[:, :limit], (0, missing))
         counts = proposals.counts.clamp(max=limit)
         labels = (torch.arange(limit, device=counts.device) < counts[:, None]).to(torch.int64)
-        return PaddedDetections(boxes, scores, labels, counts, torch.where(self.find_finite(out), OK, NON_FINITE))
+        return PaddedDetections(boxes, scores, labels, counts, _as_status(self.find_finite(out)))
 
     def classify(
         self, out: TrunkOutput, proposals: Proposals, image_sizes: Tensor, thresholds: Thresholds
@@ -184,7 +223,7 @@ class Pipeline:
         spec = self.spec
         n, slots = proposals.boxes.shape[:2]
         image = torch.arange(n, dtype=torch.float32, device=proposals.boxes.device)
-        rois = torch.cat([image.repeat_interleave(slots)[:, None], proposals.boxes.reshape(-1, 4)], dim=1)
+        rois = torch.cat([image[:, None, None].expand(n, slots, 1), proposals.boxes], dim=2).view(-1, 5)
         class_logits, box_deltas = self.head(self.pool(out, rois, proposals.counts))
         boxes, scores, labels, _ = select_candidates(
             class_logits,
@@ -200,13 +239,8 @@ class Pipeline:
         keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit)
         finite = self.find_finite(out)
         finite &= _finite(class_logits.view(n, slots, -1), box_deltas.view(n, slots, -1))
-        return PaddedDetections(
-            _take(boxes, keep),
-            _take(scores[..., None], keep)[..., 0],
-            _take(labels[..., None], keep)[..., 0],
-            counts,
-            torch.where(finite, OK, NON_FINITE),
-        )
+        boxes, scores, labels = _take(keep, boxes, scores, labels)
+        return PaddedDetections(boxes, scores, labels, counts, _as_status(finite))
 
     def pool(self, out: TrunkOutput, rois: Tensor, counts: Tensor | None = None) -> Tensor:
         """RoI features (R, C, S, S) as the spec has it.
@@ -233,10 +267,22 @@ class Pipeline:
         return _finite(*out.features[self._roi_levels], *out.objectness, *out.deltas)
 
 
-def _take(values: Tensor, keep: Tensor) -> Tensor:
-    """Rows ``keep`` (N, D) of (N, K, C) values, zeros where keep is -1."""
-    taken = values.gather(1, keep.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
-    return torch.where(keep[..., None] >= 0, taken, 0)
+def _take(keep: Tensor, *values: Tensor) -> list[Tensor]:
+    """Rows ``keep`` (N, D) of each (N, K) or (N, K, C) tensor, zeros where keep is -1."""
+    index, empty = keep.clamp(min=0), keep < 0
+    taken = []
+    for value in values:
+        if value.ndim == 3:
+            rows = value.gather(1, index[..., None].expand(-1, -1, value.shape[2]))
+            taken.append(rows.masked_fill_(empty[..., None], 0))
+        else:
+            taken.append(value.gather(1, index).masked_fill_(empty, 0))
+    return taken
+
+
+def _as_status(finite: Tensor) -> Tensor:
+    """(N,) int64: OK, which is 0, where ``finite``, else NON_FINITE, which is 1."""
+    return (~finite).to(torch.int64)
 
 
 def _finite(*tensors: Tensor) -> Tensor:

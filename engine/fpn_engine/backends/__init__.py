@@ -24,7 +24,14 @@ class TrunkOutput(NamedTuple):
 
 
 class Trunk(Protocol):
-    """Bottom-up network, pyramid and RPN head: (N, 3, H, W) normalised and padded images to TrunkOutput."""
+    """Bottom-up network, pyramid and RPN head: (N, 3, H, W) normalised and padded images to TrunkOutput.
+
+    Two attributes that a trunk, and the second a head, may have and need not:
+        input_dtype: what images should come as; without it float32.
+        buffers: tensors on the device that it writes in every call and may exchange for others later, as for a larger
+            batch. A captured graph keeps those of its time alive. Weights need not be among them.
+    A part with buffers serves one stream at a time.
+    """
 
     def __call__(self, images: Tensor, /) -> TrunkOutput: ...
 

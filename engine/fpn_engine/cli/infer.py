@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpn_engine.cli.console import counting, note
-from fpn_engine.cli.options import BatchOption, ModelOption, PlanOption, ThreadsOption
+from fpn_engine.cli.options import (
+    BatchOption,
+    BucketOption,
+    DeviceOption,
+    ModelOption,
+    PlanOption,
+    StreamsOption,
+    ThreadsOption,
+)
 from fpn_engine.cli.plans import choose_plan
 from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.cli.report import Format, Report, open_report
@@ -65,6 +73,9 @@ def infer(
     ] = False,
     batch: BatchOption = 1,
     threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    streams: StreamsOption = 1,
+    bucket: BucketOption = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest image to accept, in pixels.")] = None,
 ) -> None:
     """Detect objects in images of any size and common format.
@@ -95,7 +106,14 @@ def infer(
         paths = _unfinished(paths, output)
         if not paths:
             return
-    engine = Engine.load(choose_plan(plan, model, default=BUNDLED), batch_size=batch, threads=threads)
+    engine = Engine.load(
+        choose_plan(plan, model, default=BUNDLED),
+        batch_size=batch,
+        threads=threads,
+        device=device,
+        streams=streams,
+        buckets=bucket,
+    )
     ids = load_annotations(annotations).image_ids if annotations else None
     given = open_proposals(engine.spec, proposals, ids)
     selection = _Selection(engine, classes, score, nms, max_detections)

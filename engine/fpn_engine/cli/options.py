@@ -11,7 +11,7 @@ import typer
 from fpn_engine.named import MODELS
 
 # Above these a typing error is likelier than a machine: 10,000 threads alone can take all memory.
-MAX_BATCH, MAX_THREADS = 1024, 1024
+MAX_BATCH, MAX_THREADS, MAX_STREAMS, MAX_BUCKET = 1024, 1024, 16, 8192
 
 PlanOption = Annotated[
     Path | None,
@@ -25,6 +25,23 @@ BatchOption = Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help=
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads of trunk and head; default one per core."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda or cuda:1, of the kind the plan was built for; default its current one."),
+]
+StreamsOption = Annotated[
+    int, typer.Option("--streams", min=1, max=MAX_STREAMS, help="On CUDA: batches that compute at once.")
+]
+BucketOption = Annotated[
+    int | None,
+    typer.Option(
+        "--bucket",
+        min=1,
+        max=MAX_BUCKET,
+        metavar="PIXELS",
+        help="Pad images to multiples of this: fewer shapes, slightly other results.",
+    ),
 ]
 
 

@@ -149,7 +149,7 @@ def _write_proposals(step: Step, job: Job) -> None:
             continue
         truth = load_annotations(source)
         names = {image.id: image.file_name for image in truth.images}
-        found = propose(Engine(model.pipeline), truth, images)
+        found = propose(Engine(model.pipeline, graphs=False), truth, images)
         save_proposals(
             path,
             [ProposedImage(file_name=names[i], image_id=i, proposals=proposals) for i, proposals in found.items()],

@@ -35,7 +35,7 @@ class CocoValidation:
 
     def __call__(self, model: FpnDetector) -> Score:
         """Raises: FpnEngineError for an image that cannot be read, or if the network gives NaN or infinity."""
-        engine = Engine(model.pipeline)
+        engine = Engine(model.pipeline, graphs=False)
         if model.spec.model == "rpn":
             return score_proposals(self._truth, propose(engine, self._truth, self._folder))
         results: list[dict[str, Any]] = []
