@@ -42,7 +42,7 @@ class Manifest:
 
     Attributes:
         spec: the model. backend, precision: how its trunk and head run.
-        device: the kind of device it was built for, "cpu".
+        device: the kind of device it was built for, "cpu" or "cuda".
         versions: package versions at build time; those in ``Backend`` checks must match when loading.
         build_key: digest of everything that went into the build; the same key means the same plan.
         source: name of the ONNX file, or "--model NAME" for a named model.
@@ -188,11 +188,14 @@ def _read_stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def rebuild_hint(manifest: Manifest, *, precision: str | None = None) -> str:
-    """The command that makes the plan anew, in another ``precision`` if one is given."""
+    """The command that makes the plan anew, or one for the CPU in another ``precision`` if one is given."""
+    if manifest.backend == "tensorrt" and precision is None:
+        return _rebuild_from(manifest.source, f" --backend tensorrt --precision {manifest.precision}")
+    options = " --device cuda" if manifest.device == "cuda" and precision is None else ""
     precision = precision or manifest.precision
-    if precision == "bf16":  # which only the native backend runs
-        return _rebuild_from(manifest.source, " --precision bf16")
-    return _rebuild_from(manifest.source, " --backend native" if manifest.backend == "native" else "")
+    if precision in ("bf16", "fp16"):  # which only the native backend runs
+        return _rebuild_from(manifest.source, f" --precision {precision}{options}")
+    return _rebuild_from(manifest.source, (" --backend native" if manifest.backend == "native" else "") + options)
 
 
 def _rebuild_from(source: str, options: str = "") -> str:

@@ -18,8 +18,9 @@ from onnx import ModelProto
 import fpn_engine
 from fpn_engine.backends.loading import BACKENDS, PRECISIONS
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
-from fpn_engine.backends.native.parts import NativeTrunk, unpack_part
+from fpn_engine.backends.native.parts import NativeTrunk, check_native_device, unpack_part
 from fpn_engine.backends.ort import TRUNK, OrtTrunk
+from fpn_engine.backends.tensorrt.bindings import load_bindings
 from fpn_engine.errors import BackendError, FpnEngineError, ModelError, PlanError
 from fpn_engine.files import remove_stale, unusable_cache
 from fpn_engine.locks import alone_on
@@ -27,13 +28,18 @@ from fpn_engine.plan import FORMAT_VERSION, Manifest, read_plan, write_plan
 from fpn_engine.spec import ModelSpec
 from fpn_export.contest import hold_contest
 from fpn_export.native.parts import make_native_parts
+from fpn_export.native.tactics import TuneFor, make_tactics
 from fpn_export.onnx_cut import cut_head, cut_trunk
 from fpn_export.onnx_file import parse_onnx, read_bytes
 from fpn_export.ort_parts import make_ort_parts
+from fpn_export.tensorrt.builder import BuildOptions
+from fpn_export.tensorrt.parts import describe_target, make_tensorrt_parts
+from fpn_export.tensorrt.typed_graph import PRECISIONS as TENSORRT_PRECISIONS
 
 AUTO = "auto"
 CHOICES = (AUTO, *BACKENDS)
 Steps = Callable[[str], None]
+ForCuda = TuneFor | BuildOptions  # of the native backend and of TensorRT
 
 
 class Built(NamedTuple):
@@ -52,10 +58,15 @@ def build_plan(
     precision: str = "fp32",
     force: bool = False,
     source: str | None = None,
+    tune_for: ForCuda | None = None,
     on_progress: Steps = lambda step: None,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Cut, optimise and write the plan for an ONNX file.
+
+    ``tune_for`` makes it a plan for CUDA, which the native backend runs: for the GPU that is here, on which tactics are
+    measured, or for another. "tensorrt" is for the GPU that is here, at any precision that TensorRT has, and takes
+    ``BuildOptions`` there, its own defaults without.
 
     ``backend`` "onnxruntime" or "native" is taken as it is. "auto" times both at fp32 and takes the faster, which
     ``on_note`` is told in one line; at "bf16" it is native, the one that runs it.
@@ -66,7 +77,9 @@ def build_plan(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    chosen = _settle(backend, precision)
+    if backend == "tensorrt":
+        tune_for = tune_for or BuildOptions()
+    chosen = _settle(backend, precision, tune_for)
     if os.path.isdir(plan_path):
         raise PlanError(f"cannot write {plan_path}: it is a folder; give the name of a file")
     if os.path.realpath(plan_path) == os.path.realpath(model_path):
@@ -74,20 +87,27 @@ def build_plan(
     with _alone(plan_path, on_progress) as work:
         on_progress("read")
         data = read_bytes(model_path)
-        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision)
+        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision, tune_for)
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
         model, spec = parse_onnx(model_path, data)
         on_progress("cut")
-        maker = _PartMaker(model_path, _cut(model_path, model, spec), spec, precision, work, on_progress)
+        device = "cuda" if tune_for else "cpu"
+        networks = _cut(model_path, model, spec)
+        maker = _PartMaker(model_path, networks, spec, precision, device, work, on_progress, tune_for)
         made = _make_faster(maker) if chosen == AUTO else Made(chosen, maker.make(chosen))
+        versions = _versions(made.backend)
+        if isinstance(tune_for, TuneFor):
+            versions |= make_tactics(made.parts, spec, tune_for, on_progress, on_note)
+        elif tune_for:
+            versions |= describe_target(made.parts)
         on_progress("write")
         manifest = Manifest(
             spec=spec,
             backend=made.backend,
             precision=precision,
-            device="cpu",
-            versions=_versions(made.backend),
+            device=device,
+            versions=versions,
             build_key=key,
             source=source or model_path.name,
         )
@@ -112,25 +132,45 @@ class _PartMaker(NamedTuple):
     networks: dict[str, ModelProto]
     spec: ModelSpec
     precision: str
+    device: str
     work: Path
     on_progress: Steps
+    tune_for: ForCuda | None
 
     def make(self, backend: str) -> dict[str, bytes]:
+        if isinstance(self.tune_for, BuildOptions):
+            return make_tensorrt_parts(
+                self.path, self.networks, self.spec, self.precision, self.tune_for, self.on_progress
+            )
         if backend == "native":
-            return make_native_parts(self.path, self.networks, self.spec, self.precision, self.on_progress)
+            return make_native_parts(self.path, self.networks, self.spec, self.precision, self.on_progress, self.device)
         return make_ort_parts(self.path, self.networks, self.work, self.on_progress)
 
 
-def _settle(backend: str, precision: str) -> str:
-    """The backend that is left by the precision. Raises BackendError for what does not go together or is not here."""
-    for what, given, known in (("backend", backend, CHOICES), ("precision", precision, PRECISIONS)):
+def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> str:
+    """The backend that is left by precision and device.
+
+    Raises: BackendError for what does not go together or is not here.
+    """
+    precisions = TENSORRT_PRECISIONS if backend == "tensorrt" else PRECISIONS
+    for what, given, known in (("backend", backend, CHOICES), ("precision", precision, precisions)):
         if given not in known:
             raise BackendError(f"there is no {what} {given!r}; take one of {', '.join(known)}")
+    if (backend == "tensorrt") != isinstance(tune_for, BuildOptions):
+        raise BackendError("TensorRT builds on the GPU that is to run the plan, with options of its own")
+    if isinstance(tune_for, BuildOptions):
+        return backend
+    if tune_for:
+        if backend not in (AUTO, "native"):
+            raise BackendError(f"the {backend} backend is not built for CUDA this way; take --backend native")
+        if not tune_for.target:
+            check_native_device()
+        return "native"
     if precision == "fp32":
         return backend
     if backend == "onnxruntime":
         raise BackendError(f"the onnxruntime backend does not run {precision}; take --backend native or fp32")
-    if not has_bfloat16():
+    if precision == "bf16" and not has_bfloat16():
         raise BackendError("this processor or this torch cannot convolve in bf16; build with --precision fp32")
     return "native"
 
@@ -156,6 +196,8 @@ def _make_faster(maker: _PartMaker) -> Made:
 def _versions(backend: str) -> dict[str, str]:
     """The versions that a plan for ``backend`` is noted with; of both for "auto"."""
     versions = {"fpn-engine": fpn_engine.__version__}
+    if backend == "tensorrt":
+        return versions | {"tensorrt": load_bindings().version}
     if backend != "native":
         versions["onnxruntime"] = ort.__version__
     if backend != "onnxruntime":
@@ -163,9 +205,11 @@ def _versions(backend: str) -> dict[str, str]:
     return versions
 
 
-def build_key(digest: str, backend: str = AUTO, precision: str = "fp32") -> str:
+def build_key(digest: str, backend: str = AUTO, precision: str = "fp32", tune_for: ForCuda | None = None) -> str:
     """Digest of all that goes into a build: the ``digest`` of the file it begins with, the options and the versions."""
     options = {"backend": backend, "precision": precision}
+    if tune_for:
+        options |= tune_for.describe()
     inputs = {"onnx": digest, **options, "format": FORMAT_VERSION, **_versions(backend)}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 

@@ -11,20 +11,22 @@ from fpn_engine.errors import FpnEngineError
 from fpn_engine.files import cache_folder, replacing
 from fpn_engine.locks import alone_on
 from fpn_engine.plan import NAMED_SOURCE, read_plan
-from fpn_export.build import AUTO, build_key, build_plan
+from fpn_export.build import AUTO, ForCuda, build_key, build_plan
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.onnx_export import export_onnx
 
 FOLDER = "plans"
 
 
-def find_cached(name: str, digest: str, backend: str = AUTO, precision: str = "fp32") -> Path | None:
+def find_cached(
+    name: str, digest: str, backend: str = AUTO, precision: str = "fp32", tune_for: ForCuda | None = None
+) -> Path | None:
     """The plan of the model ``name`` if it is there, is sound, and was built by these versions.
 
-    Args: digest: of the checkpoint, or how it begins. backend, precision: as :func:`fpn_export.build.build_plan` has
-        them.
+    Args: digest: of the checkpoint, or how it begins. backend, precision, tune_for: as
+        :func:`fpn_export.build.build_plan` has them.
     """
-    path = _locate(name, digest, backend, precision)
+    path = _locate(name, digest, backend, precision, tune_for)
     try:
         read_plan(path)
     except FpnEngineError:
@@ -39,6 +41,7 @@ def make_cached(
     *,
     backend: str = AUTO,
     precision: str = "fp32",
+    tune_for: ForCuda | None = None,
     force: bool = False,
     on_progress: Callable[[str], None] = lambda step: None,
     on_note: Callable[[str], None] = lambda line: None,
@@ -48,9 +51,9 @@ def make_cached(
     Args: force: build it even if it is there. The others as build_plan has them.
     Raises: FpnEngineError as load_checkpoint, export_onnx and build_plan do, and if the cache cannot be written.
     """
-    plan = _locate(name, digest, backend, precision)
+    plan = _locate(name, digest, backend, precision, tune_for)
     with alone_on(plan, FOLDER, lambda: on_progress("wait for another process that builds it")):
-        if not force and (found := find_cached(name, digest, backend, precision)):
+        if not force and (found := find_cached(name, digest, backend, precision, tune_for)):
             return found
         on_progress("read")
         loaded = load_checkpoint(checkpoint)
@@ -63,6 +66,7 @@ def make_cached(
                 plan,
                 backend=backend,
                 precision=precision,
+                tune_for=tune_for,
                 force=True,
                 source=NAMED_SOURCE + name,
                 on_progress=on_progress,
@@ -72,5 +76,5 @@ def make_cached(
             model.unlink(missing_ok=True)
 
 
-def _locate(name: str, digest: str, backend: str, precision: str) -> Path:
-    return cache_folder() / FOLDER / f"{name}-{build_key(digest, backend, precision)[:16]}.plan"
+def _locate(name: str, digest: str, backend: str, precision: str, tune_for: ForCuda | None) -> Path:
+    return cache_folder() / FOLDER / f"{name}-{build_key(digest, backend, precision, tune_for)[:16]}.plan"

@@ -26,7 +26,19 @@ from typing import Any
 TARGETS = (80, 86, 89, 90, 100, 120)  # compute capability times ten
 # Shared memory that one thread block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-MODULES = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown")
+MODULES = (
+    "candidates",
+    "convolution",
+    "decode",
+    "epilogue",
+    "max_pool",
+    "nms",
+    "preprocess",
+    "roi_align",
+    "roi_pool",
+    "selection",
+    "topdown",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
 from fpn_engine.plan import read_plan
@@ -79,5 +80,38 @@ def test_what_does_not_go_together(model: str, run: Run) -> None:
     ran = run("build", model, "--backend", "onnxruntime", "--precision", "bf16")
     assert ran.code == 1
     assert ran.err.strip() == "fpn-engine: the onnxruntime backend does not run bf16; take --backend native or fp32"
-    assert run("build", model, "--backend", "tensorrt").code == 2
+    assert run("build", model, "--backend", "openvino").code == 2
     assert run("build", model, "--precision", "fp64").code == 2
+
+
+def test_fp16(model: str, workplace: Path, run: Run) -> None:
+    assert run("build", model, "--precision", "fp16").err.startswith("model.plan: native fp16 on the CPU, ")
+    save_picture(workplace / "a.png")
+    assert run("infer", "a.png").code == 0
+
+
+def test_a_plan_for_a_gpu_elsewhere(model: str, workplace: Path, run: Run) -> None:
+    built = run("build", model, "--target", "sm_90", "--tactics", "full", "--tune-for", "2x64x96")
+    assert built.code == 0
+    first, second = built.err.splitlines()[:2]
+    assert first == "tactics are measured when the plan is first loaded on a GPU of sm_90"
+    assert second.startswith("model.plan: native fp16 on the CUDA, ")
+    facts = json.loads(run("info", "model.plan", "--json").out)
+    assert (facts["device"], facts["built with"]["compute capability"]) == ("cuda", "9.0")
+    assert facts["trunk memory"]["bytes"] > 0
+    save_picture(workplace / "a.png")
+    if not torch.cuda.is_available():
+        ran = run("infer", "a.png")
+        assert ran.code == 1
+        assert "the plan is for native fp16 on cuda, and PyTorch finds no CUDA device here" in ran.err
+        assert len(ran.err.strip().splitlines()) <= 2, "which plan, and why not"
+
+
+def test_options_for_cuda_go_with_it(model: str, run: Run) -> None:
+    assert run("build", model, "--tune-for", "1x64x96").code == 2
+    assert run("build", model, "--target", "sm_90", "--tune-for", "64x96").code == 2
+    ran = run("build", model, "--target", "sm_1")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert "there is no target 'sm_1'; take one of sm_80," in ran.err
+    if not torch.cuda.is_available():
+        assert "PyTorch finds no CUDA device here" in run("build", model, "--device", "cuda").err

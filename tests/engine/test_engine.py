@@ -187,7 +187,7 @@ def test_not_a_number_is_an_error_and_no_empty_list(broken_plan: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "tensorrt"}, "is for tensorrt fp32 on cpu"),
+        ({"backend": "openvino"}, "is for openvino fp32 on cpu"),
         ({"precision": "fp16"}, "fp16"),
         ({"device": "cuda"}, "on cuda"),
         ({"versions": {"onnxruntime": "0.1.0"}}, r"built with onnxruntime 0\.1\.0, installed is"),

@@ -14,6 +14,7 @@ from fpn_kernels import aot
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 TARGETS = (86, 90)  # the least shared memory of all targets, and the GPU that is tuned for
+LAUNCHED = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown")
 MODULES = {name: importlib.import_module(f"fpn_kernels.triton.{name}") for name in aot.MODULES}
 
 
@@ -48,12 +49,32 @@ def test_shared_memory_suffices(rows):
     assert all(0 < row["registers"] <= 255 for row in rows)
 
 
+def test_neural_kernels_use_wide_loads_and_tensor_cores(rows):
+    neural = ("merge_kernel", "lateral_kernel", "roi_align_kernel", "roi_pool_kernel")
+    rows = [row for row in rows if row["kernel"] in neural and not row["variant"].endswith("C=1")]
+    assert {row["kernel"] for row in rows} == set(neural)
+    assert [row for row in rows if row["wide_loads"] == 0] == []
+    half = [row for row in rows if row["kernel"] == "lateral_kernel" and not row["variant"].startswith("fp32")]
+    assert half
+    assert [row for row in half if row["tensor_core"] == 0] == []
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_kernel_that_is_launched_has_a_build(name):
     module = MODULES[name]
     kernels = {value for key, value in vars(module).items() if key.endswith("_kernel")}
     assert kernels
     assert {build.kernel for build in module.BUILDS} == kernels
+
+
+def test_launches_of_one_element_compile():
+    """As they do on a GPU, with ones for constants; the interpreter knows no types."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(KERNELS), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "tests.kernels.compile_launches"]
+    done = subprocess.run(command, env=environment, cwd=KERNELS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {build.kernel.__name__ for name in LAUNCHED for build in MODULES[name].BUILDS}
 
 
 def test_an_unknown_target_is_refused(capsys):

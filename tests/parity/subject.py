@@ -25,6 +25,7 @@ from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
 from fpn_export.build import build_plan
 from fpn_export.detector import FasterRCNN, FpnDetector
+from fpn_export.native.tactics import TuneFor
 from fpn_export.onnx_export import export_onnx
 from fpn_kernels import pack_images, preprocess
 from tests.parity.random_detector import REPRESENTATION_SIZE, SMALL, make_random_detector
@@ -59,13 +60,13 @@ class Subject:
     def native_plan(self) -> Plan:
         return self.build("native")
 
-    def build(self, backend: str, precision: str = "fp32") -> Plan:
-        """A new plan for a backend."""
+    def build(self, backend: str, precision: str = "fp32", tune_for: TuneFor | None = None) -> Plan:
+        """A new plan for a backend; ``tune_for`` makes it one for CUDA."""
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setenv("FPN_ENGINE_CACHE", folder)
             model_path, plan_path = Path(folder) / "model.onnx", Path(folder) / "model.plan"
             model_path.write_bytes(self.onnx_model.SerializeToString())
-            build_plan(model_path, plan_path, backend=backend, precision=precision)
+            build_plan(model_path, plan_path, backend=backend, precision=precision, tune_for=tune_for)
             return read_plan(plan_path)
 
     def engine(self, *, batch_size: int = 1, plan: Plan | None = None, **changes: Any) -> Engine:

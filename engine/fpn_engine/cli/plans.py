@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +12,8 @@ from fpn_engine.errors import PlanError
 
 if TYPE_CHECKING:
     from fpn_engine.named import NamedModel
+
+ForCuda = Any  # of fpn_export.build, which only the subcommands that need it import
 
 
 def choose_plan(plan: Path | None, model: str | None, *, default: str | None = None) -> Path:
@@ -40,7 +42,14 @@ def choose_plan(plan: Path | None, model: str | None, *, default: str | None = N
     return path
 
 
-def plan_of_model(name: str, *, backend: str = "auto", precision: str = "fp32", force: bool = False) -> Path:
+def plan_of_model(
+    name: str,
+    *,
+    backend: str = "auto",
+    precision: str = "fp32",
+    tune_for: ForCuda | None = None,
+    force: bool = False,
+) -> Path:
     """The cached plan of a named model; fetched, exported and built first if it is not there."""
     from fpn_engine.named import find_model
     from fpn_export.bundled import CHECKPOINT, hash_bundled
@@ -48,7 +57,7 @@ def plan_of_model(name: str, *, backend: str = "auto", precision: str = "fp32", 
 
     model = find_model(name)
     digest = model.digest if model.file_name else hash_bundled()
-    if not force and (found := find_cached(model.name, digest, backend, precision)):
+    if not force and (found := find_cached(model.name, digest, backend, precision, tune_for)):
         return found
     checkpoint = _fetch(model) if model.file_name else CHECKPOINT
     with steps(f"preparing the {model.name} model, once") as step:
@@ -58,6 +67,7 @@ def plan_of_model(name: str, *, backend: str = "auto", precision: str = "fp32", 
             checkpoint,
             backend=backend,
             precision=precision,
+            tune_for=tune_for,
             force=force,
             on_progress=step,
             on_note=note,

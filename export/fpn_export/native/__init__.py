@@ -2,6 +2,6 @@
 
 from fpn_export.native.fusion import fuse
 from fpn_export.native.lowering import lower
-from fpn_export.native.precision import in_bfloat16, in_float32
+from fpn_export.native.precision import in_bfloat16, in_float32, in_half
 
-__all__ = ["fuse", "in_bfloat16", "in_float32", "lower"]
+__all__ = ["fuse", "in_bfloat16", "in_float32", "in_half", "lower"]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from onnx import ModelProto
 
+from fpn_engine.backends.native.ops import BFLOAT16, FLOAT16
 from fpn_engine.backends.native.parts import pack_part
 from fpn_engine.errors import ModelError
 from fpn_engine.spec import ModelSpec
 from fpn_export.native.fusion import fuse
 from fpn_export.native.lowering import lower
-from fpn_export.native.precision import in_bfloat16, in_float32
+from fpn_export.native.precision import in_bfloat16, in_float32, in_half
 
 
 def make_native_parts(
@@ -21,10 +22,12 @@ def make_native_parts(
     spec: ModelSpec,
     precision: str,
     on_progress: Callable[[str], None],
+    device: str = "cpu",
 ) -> dict[str, bytes]:
-    """Lower trunk and head, which were cut out of ``path``, to ``precision`` "fp32" or "bf16".
+    """Lower trunk and head, which were cut out of ``path``, to ``precision`` "fp32", "fp16" or "bf16".
 
-    In bf16 all runs in bfloat16 but the last layers: objectness, deltas and class logits are float32.
+    In 16 bits objectness, deltas, class logits and box deltas are float32: on a CPU the last layers run in it, on
+    ``device`` "cuda", and at fp16, they leave their float32 sums unrounded.
     Raises: ModelError for an operator that the native backend does not have.
     """
     parts: dict[str, bytes] = {}
@@ -34,9 +37,12 @@ def make_native_parts(
             lowered = fuse(lower(network))
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
-        if precision == "bf16":
-            features = len(lowered.outputs) - 2 * len(spec.levels) * spec.has_rpn if name == "trunk" else 0
-            parts |= pack_part(name, *in_bfloat16(lowered, lowered.outputs[features:]))
-        else:
+        features = len(lowered.outputs) - 2 * len(spec.levels) * spec.has_rpn if name == "trunk" else 0
+        exact = lowered.outputs[features:]
+        if precision == "fp32":
             parts |= pack_part(name, *in_float32(lowered))
+        elif precision == "bf16" and device == "cpu":
+            parts |= pack_part(name, *in_bfloat16(lowered, exact))
+        else:
+            parts |= pack_part(name, *in_half(lowered, FLOAT16 if precision == "fp16" else BFLOAT16, exact))
     return parts

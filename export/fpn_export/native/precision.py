@@ -40,12 +40,35 @@ def in_bfloat16(network: Network, float32: Collection[str]) -> Lowered:
                 ops.append(Cast(inputs=(source,), output=casts[source], dtype=FLOAT32))
             op = dataclasses.replace(op, inputs=(casts[source],))
         ops.append(op)
-    made_exact = exact | {op.output for op in ops if isinstance(op, Slice) and op.inputs[0] in exact}
+    _cast_others(ops, outputs, exact, float32)
+    program = Program(input=network.input, input_dtype=BFLOAT16, ops=tuple(ops), outputs=tuple(outputs))
+    return _convert(program, network.weights)
+
+
+def in_half(network: Network, dtype: str, float32: Collection[str]) -> Lowered:
+    """``dtype``, of 16 bits, throughout; the outputs ``float32`` are the unrounded sums of the layers that make them.
+
+    As tensor cores have it: they multiply halves and add in float32. So no value is stored in float32 but these.
+    """
+    exact = _makers(network, float32)
+    ops: list[Op] = []
+    for op in network.ops:
+        if op.output in exact:
+            assert isinstance(op, (Conv, Linear))
+            op = dataclasses.replace(op, dtype=FLOAT32)
+        ops.append(op)
+    outputs = list(network.outputs)
+    _cast_others(ops, outputs, exact, float32)
+    program = Program(input=network.input, input_dtype=dtype, ops=tuple(ops), outputs=tuple(outputs))
+    return _convert(program, network.weights)
+
+
+def _cast_others(ops: list[Op], outputs: list[str], exact: Collection[str], float32: Collection[str]) -> None:
+    """Cast those of ``float32`` that no layer of ``exact`` makes."""
+    made_exact = {*exact} | {op.output for op in ops if isinstance(op, Slice) and op.inputs[0] in exact}
     for name in sorted(set(float32) - made_exact):
         ops.append(Cast(inputs=(name,), output=f"{name}:{FLOAT32}", dtype=FLOAT32))
         outputs[outputs.index(name)] = f"{name}:{FLOAT32}"
-    program = Program(input=network.input, input_dtype=BFLOAT16, ops=tuple(ops), outputs=tuple(outputs))
-    return _convert(program, network.weights)
 
 
 def _makers(network: Network, names: Collection[str]) -> set[str]:
@@ -72,7 +95,7 @@ def _convert(program: Program, arrays: dict[str, Array]) -> Lowered:
         renamed: dict[str, Any] = {}
         for field in ("weight", "bias", "scale", "shift"):
             if name := getattr(op, field, None):
-                renamed[field] = key = name if dtype == BFLOAT16 else f"{name}:{dtype}"
+                renamed[field] = key = name if dtype == program.input_dtype else f"{name}:{dtype}"
                 if key not in weights:
                     weights[key] = torch.from_numpy(arrays[name]).to(DTYPES[dtype])
         ops.append(dataclasses.replace(op, **renamed))

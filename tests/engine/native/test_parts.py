@@ -73,8 +73,8 @@ def refuse(plan: Plan, *words: str) -> None:
     ("change", "message"),
     [
         ({"precision": "int8"}, "is for native int8 on cpu"),
-        ({"device": "cuda"}, "is for native fp32 on cuda"),
-        ({"backend": "tensorrt"}, "is for tensorrt fp32 on cpu, which this version does not run"),
+        ({"device": "tpu"}, "is for native fp32 on tpu, which this version does not run"),
+        ({"backend": "openvino"}, "is for openvino fp32 on cpu, which this version does not run"),
         ({"parts": {}}, "the plan holds []"),
     ],
 )

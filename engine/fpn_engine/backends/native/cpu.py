@@ -28,6 +28,7 @@ from fpn_engine.backends.native.cpu_convolution import (
 )
 from fpn_engine.backends.native.ops import (
     BFLOAT16,
+    FLOAT16,
     FLOAT32,
     UNIT,
     Activate,
@@ -47,8 +48,9 @@ from fpn_engine.backends.native.ops import (
     Unflatten,
     Upsample,
 )
+from fpn_engine.backends.native.program import Program
 
-DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
+DTYPES = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 
 
 def makes_its_output(op: Op) -> bool:
@@ -56,17 +58,40 @@ def makes_its_output(op: Op) -> bool:
     return isinstance(op, Conv) and len(op.inputs) == 1
 
 
-def make_runs(ops: Sequence[Op], weights: Weights) -> list[Run]:
+def make_runs(program: Program, weights: Weights) -> list[Run]:
     """The function of each operation.
 
     oneDNN's ReLU makes 0 of NaN, behind which a broken network would look sound. A network of finite tensors makes NaN
-    only of sums above 3e38, but one with NaN or infinity among its tensors runs without oneDNN's activations.
+    only of sums above 3e38, but one with NaN or infinity among its tensors, or in float16, whose largest number is
+    65504, runs without oneDNN's activations. Few processors compute in float16, and so it is computed in float32 and
+    rounded once per operation, as on a GPU; that is slow.
     """
-    finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    dtypes = program.dtypes()
+    finite = FLOAT16 not in dtypes.values() and all(bool(tensor.isfinite().all()) for tensor in weights.values())
     fused = finite and has_fused_convolution()
-    return [
-        make_convolution(op, weights, fused) if isinstance(op, Conv) else _MAKERS[type(op)](op, weights) for op in ops
-    ]
+    runs = []
+    for op in program.ops:
+        if op.VIEW or not (dtypes[op.inputs[0]] == FLOAT16 or (isinstance(op, (Conv, Linear)) and op.dtype)):
+            runs.append(make_run(op, weights, fused))
+        else:
+            runs.append(make_exact_run(op, weights, DTYPES[dtypes[op.output]]))
+    return runs
+
+
+def make_run(op: Op, weights: Weights, fused: bool = False) -> Run:
+    """The function of one operation, in the number type of its inputs; ``fused`` is of oneDNN's convolutions."""
+    return make_convolution(op, weights, fused) if isinstance(op, Conv) else _MAKERS[type(op)](op, weights)
+
+
+def make_exact_run(op: Op, weights: Weights, dtype: torch.dtype) -> Run:
+    """The function of one operation computed in float32 and rounded once to ``dtype``."""
+    run_float32 = make_run(op, {name: weights[name].float() for name in op.weights})
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        result = run_float32([x.float() for x in inputs], None)
+        return result.to(dtype) if out is None else out.copy_(result)
+
+    return run
 
 
 def _make_linear(op: Linear, weights: Weights) -> Run:

@@ -57,7 +57,7 @@ class CpuExecutor:
         self._threads = threads
         self._outside = frozenset(op.output for op in program.ops if not all_in_arena and makes_its_output(op))
         with torch.inference_mode():
-            self._runs = make_runs(program.ops, weights)
+            self._runs = make_runs(program, weights)
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._prepared: OrderedDict[Shape, _Prepared] = OrderedDict()
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class CpuExecutor:
             name = op.output
             if not op.VIEW and name not in memory.in_place and memory.buffers[name] in memory.offsets:
                 places[name] = self._view(memory.offsets[memory.buffers[name]], shapes[name], self._dtypes[name])
-        self._prepared[shape] = prepared = _Prepared(memory, places, self._find_last_reads())
+        self._prepared[shape] = prepared = _Prepared(memory, places, find_last_reads(self.program))
         if len(self._prepared) > MAX_PREPARED:
             self._prepared.popitem(last=False)
         return prepared
@@ -113,14 +113,15 @@ class CpuExecutor:
         size = math.prod(shape) * DTYPES[dtype].itemsize
         return self._arena[offset : offset + size].view(DTYPES[dtype]).view(shape)
 
-    def _find_last_reads(self) -> list[list[str]]:
-        """The values that are not needed after each operation, so that torch may reuse their memory."""
-        last = {name: i for i, op in enumerate(self.program.ops) for name in (*op.inputs, op.output)}
-        found: list[list[str]] = [[] for _ in self.program.ops]
-        for name, index in last.items():
-            if name not in self.program.outputs:
-                found[index].append(name)
-        return found
+
+def find_last_reads(program: Program) -> list[list[str]]:
+    """The values that are not needed after each operation, so that torch may reuse their memory."""
+    last = {name: i for i, op in enumerate(program.ops) for name in (*op.inputs, op.output)}
+    found: list[list[str]] = [[] for _ in program.ops]
+    for name, index in last.items():
+        if name not in program.outputs:
+            found[index].append(name)
+    return found
 
 
 def count_bytes(program: Program, shapes: Mapping[str, Shape]) -> dict[str, int]:

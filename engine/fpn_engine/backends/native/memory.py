@@ -48,7 +48,8 @@ def plan_memory(program: Program, sizes: Mapping[str, int], outside: Collection[
 
     Args:
         sizes: bytes of every value.
-        outside: values that live elsewhere. The program's input and outputs always do, which is why they outlast a run.
+        outside: values that live elsewhere, in tensors that their operations make, and so overwrite nothing. The
+            program's input and outputs always live elsewhere, which is why they outlast a run.
     """
     last_read = {name: i for i, op in enumerate(program.ops) for name in op.inputs}
     kept = {program.input, *program.outputs}
@@ -56,7 +57,9 @@ def plan_memory(program: Program, sizes: Mapping[str, int], outside: Collection[
     buffers = {program.input: _Buffer(sizes[program.input], -1, last_read.get(program.input, -1), False)}
     in_place: dict[str, int] = {}
     for i, op in enumerate(program.ops):
-        shared = 0 if op.VIEW else _overwritten(op, i, names, buffers, sizes, _kept(names, kept))
+        shared = 0 if op.VIEW else None
+        if not op.VIEW and op.output not in outside:
+            shared = _overwritten(op, i, names, buffers, sizes, _kept(names, kept))
         end = last_read.get(op.output, i)
         inside = op.output not in kept and op.output not in outside
         if shared is None:

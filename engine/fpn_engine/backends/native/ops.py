@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
-DTYPES = (FLOAT32, BFLOAT16)
+FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
+DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 ACTIVATIONS = ("none", "relu", "clip", "sigmoid", "hardswish")
 UNIT = (1, 1)
 
@@ -33,6 +33,11 @@ class Activation:
     def __post_init__(self) -> None:
         if self.kind not in ACTIVATIONS:
             raise ValueError(f"an activation is one of {', '.join(ACTIVATIONS)}, not {self.kind!r}")
+
+
+def _require_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"a number type is one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
 NONE, RELU = Activation(), Activation(kind="relu")
@@ -75,7 +80,8 @@ class Op:
 class Conv(Op):
     """Convolution, then bias, then the residual ``inputs[1]`` upsampled by ``upsample``, then the activation.
 
-    ``weight`` is (O, kH, kW, C / groups), ``bias`` (O,). ``padding`` is top, left, bottom, right.
+    ``weight`` is (O, kH, kW, C / groups), ``bias`` (O,). ``padding`` is top, left, bottom, right. ``dtype`` is the
+    number type of the result where it is not the input's: sums are float32 anyway, and need not be rounded.
     """
 
     KIND: ClassVar[str] = "conv"
@@ -89,21 +95,31 @@ class Conv(Op):
     groups: int = 1
     upsample: Pair = UNIT
     activation: Activation = NONE
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        super(Conv, self).__post_init__()  # a dataclass with slots is another class than super() knows
+        _require_dtype(self.dtype)
 
     @property
     def in_place(self) -> tuple[int, ...]:
-        return (1,) if len(self.inputs) == 2 and self.upsample == UNIT else ()
+        return (1,) if len(self.inputs) == 2 and self.upsample == UNIT and self.dtype is None else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear(Op):
-    """Rows (R, F) times ``weight`` (O, F) transposed, plus ``bias`` (O,), then the activation."""
+    """Rows (R, F) times ``weight`` (O, F) transposed, plus ``bias`` (O,), then the activation; ``dtype`` as of Conv."""
 
     KIND: ClassVar[str] = "linear"
 
     weight: str
     bias: str | None = None
     activation: Activation = NONE
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        super(Linear, self).__post_init__()
+        _require_dtype(self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,8 +255,8 @@ class Cast(Op):
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"a number type is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        super(Cast, self).__post_init__()
+        _require_dtype(self.dtype)
 
 
 OPS: tuple[type[Op], ...] = (

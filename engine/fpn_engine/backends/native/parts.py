@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -17,17 +20,33 @@ from fpn_engine.backends.native.memory import MemoryPlan, plan_memory
 from fpn_engine.backends.native.ops import FLOAT32
 from fpn_engine.backends.native.program import Program, read_program
 from fpn_engine.backends.native.shapes import Shape, infer_shapes
-from fpn_engine.errors import PlanError
+from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.plan import MAX_REASON, Manifest, Plan, rebuild_hint
 from fpn_engine.spec import ModelSpec
 
+TACTICS = "tactics.json"  # the part of a CUDA plan beside trunk and head
+OLDEST_GPU = 80  # compute capability times ten: bfloat16 on tensor cores, and what the kernels are compiled for
 PROBE_SIDE = 128  # pixels: the smallest image on which every level up to p7 has a cell
 
 
-def part_names(spec: ModelSpec) -> list[str]:
+class Executor(Protocol):
+    """Runs a program on a device; see :class:`fpn_engine.backends.native.executor.CpuExecutor`."""
+
+    program: Program
+
+    def __call__(self, x: Tensor) -> list[Tensor]: ...
+
+    def plan(self, shape: Shape) -> MemoryPlan: ...
+
+
+MakeExecutor = Callable[[Program, Mapping[str, Tensor]], Executor]
+
+
+def part_names(spec: ModelSpec, device: str = "cpu") -> list[str]:
     """The files of a native plan."""
     parts = ("trunk", "head") if spec.has_box_head else ("trunk",)
-    return [f"{part}.{kind}" for part in parts for kind in ("json", "safetensors")]
+    names = [f"{part}.{kind}" for part in parts for kind in ("json", "safetensors")]
+    return [*names, TACTICS] if device == "cuda" else names
 
 
 def pack_part(name: str, program: Program, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -62,12 +81,20 @@ def _check_dtypes(program: Program, weights: Mapping[str, Tensor]) -> None:
 class NativeTrunk:
     """The trunk: (N, 3, H, W) images to maps in the order features, objectness, deltas, all channels_last.
 
-    Objectness and deltas are float32; features have the plan's precision.
+    Objectness and deltas are float32; features have the plan's precision. ``input_dtype``: see Trunk.
+    Args: threads: of the CPU. make_executor: for another device.
     Raises: ValueError if the program does not make such maps.
     """
 
+    executor: Executor
+
     def __init__(
-        self, program: Program, weights: Mapping[str, Tensor], spec: ModelSpec, threads: int | None = None
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor],
+        spec: ModelSpec,
+        threads: int | None = None,
+        make_executor: MakeExecutor | None = None,
     ) -> None:
         self._levels = len(spec.levels) if spec.has_rpn else 0
         features = spec.levels.index(spec.roi_levels[-1]) + 1 if spec.has_box_head else 0
@@ -75,7 +102,12 @@ class NativeTrunk:
         expected += [spec.num_anchors] * self._levels + [4 * spec.num_anchors] * self._levels
         _check_outputs(program, weights, (1, PROBE_SIDE, PROBE_SIDE, 3), expected)
         _check_float32(program, features)
-        self.executor = CpuExecutor(program, weights, threads=threads)
+        self.input_dtype = torch.float32
+        if make_executor is None:
+            self.executor = CpuExecutor(program, weights, threads=threads)
+        else:
+            self.executor = make_executor(program, weights)
+            self.input_dtype = DTYPES[program.input_dtype]
 
     def __call__(self, images: Tensor, /) -> TrunkOutput:
         maps = tuple(level.permute(0, 3, 1, 2) for level in self.executor(images.permute(0, 2, 3, 1)))
@@ -89,13 +121,21 @@ class NativeHead:
     Raises: ValueError if the program does not fit the spec.
     """
 
+    executor: Executor
+
     def __init__(
-        self, program: Program, weights: Mapping[str, Tensor], spec: ModelSpec, threads: int | None = None
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor],
+        spec: ModelSpec,
+        threads: int | None = None,
+        make_executor: MakeExecutor | None = None,
     ) -> None:
         width = spec.feature_channels * spec.box_roi_pool.output_size**2
         _check_outputs(program, weights, (1, width), [spec.num_classes, 4 * spec.num_classes])
         _check_float32(program, 0)
-        self.executor = CpuExecutor(program, weights, threads=threads)
+        make = make_executor or (lambda program, weights: CpuExecutor(program, weights, threads=threads))
+        self.executor = make(program, weights)
 
     def __call__(self, roi_features: Tensor, /) -> tuple[Tensor, Tensor]:
         rows = roi_features.permute(0, 2, 3, 1).flatten(1)
@@ -137,31 +177,61 @@ def check_native(manifest: Manifest) -> None:
     Of torch no version is asked for: a plan holds operations and tensors, nothing that torch compiled. What is checked
     is that the processor convolves in the plan's precision.
     """
-    if manifest.precision not in PRECISIONS or manifest.device != "cpu":
+    if manifest.precision not in PRECISIONS or manifest.device not in ("cpu", "cuda"):
         kind = f"native {manifest.precision} on {manifest.device}"
         raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild_hint(manifest)}")
-    if manifest.precision == "bf16" and not has_bfloat16():
+    if manifest.device == "cuda":
+        _check_cuda(manifest)
+    elif manifest.precision == "bf16" and not has_bfloat16():
         raise PlanError(
             "the plan is for bf16, which this processor or this torch cannot convolve in; "
             f"{rebuild_hint(manifest, precision='fp32')}"
         )
-    if sorted(manifest.parts) != sorted(part_names(manifest.spec)):
-        raise PlanError(
-            f"the plan holds {sorted(manifest.parts)}, not {', '.join(part_names(manifest.spec))}; "
-            f"{rebuild_hint(manifest)}"
-        )
+    names = part_names(manifest.spec, manifest.device)
+    if sorted(manifest.parts) != sorted(names):
+        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {', '.join(names)}; {rebuild_hint(manifest)}")
+
+
+def _check_cuda(manifest: Manifest) -> None:
+    try:
+        check_native_device()
+    except BackendError as error:
+        plan = f"the plan is for native {manifest.precision} on cuda"
+        raise PlanError(f"{plan}, and {error}; {rebuild_hint(manifest, precision='fp32')}") from None
+
+
+def check_native_device() -> None:
+    """Raise BackendError if there is no CUDA device that the kernels run on."""
+    if not torch.cuda.is_available():
+        raise BackendError("PyTorch finds no CUDA device here, as fpn-engine doctor explains")
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < OLDEST_GPU:
+        oldest = f"{OLDEST_GPU // 10}.{OLDEST_GPU % 10}"
+        raise BackendError(f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, below {oldest}")
+    if importlib.util.find_spec("triton") is None:
+        raise BackendError("Triton is not installed, which the native backend needs on CUDA; pip install triton")
 
 
 def load_native(plan: Plan, threads: int | None = None) -> tuple[NativeTrunk, NativeHead | None]:
     """Make the parts of a native plan ready.
 
-    Raises: PlanError if the plan does not fit what is here or its parts are not what a build writes.
+    Raises: PlanError if the plan does not fit what is here or its parts are not what a build writes, BackendError if
+        the device fails meanwhile.
     """
     check_native(plan.manifest)
     spec = plan.manifest.spec
     try:
-        trunk = NativeTrunk(*unpack_part("trunk", plan.parts), spec, threads)
-        head = NativeHead(*unpack_part("head", plan.parts), spec, threads) if spec.has_box_head else None
+        make = None
+        if plan.manifest.device == "cuda":
+            from fpn_engine.backends.native.cuda.loading import prepare
+
+            make = prepare(plan)
+        trunk = NativeTrunk(*unpack_part("trunk", plan.parts), spec, threads, make)
+        head = NativeHead(*unpack_part("head", plan.parts), spec, threads, make) if spec.has_box_head else None
     except (ValueError, RuntimeError) as error:
+        if plan.manifest.device == "cuda" and isinstance(error, RuntimeError):
+            raise BackendError(
+                f"the CUDA device failed while the plan was loaded: {str(error)[:MAX_REASON]}"
+            ) from error
         raise PlanError(f"the plan is damaged: {str(error)[:MAX_REASON]}; {rebuild_hint(plan.manifest)}") from None
     return trunk, head

@@ -56,7 +56,8 @@ def infer_dtypes(ops: Sequence[Op], given: Mapping[str, str]) -> dict[str, str]:
         kinds = {dtypes[name] for name in op.inputs}
         if len(kinds) != 1:
             raise ValueError(f"{op.KIND} {op.output} mixes {' and '.join(sorted(kinds))}")
-        dtypes[op.output] = op.dtype if isinstance(op, Cast) else kinds.pop()
+        given_type = op.dtype if isinstance(op, (Cast, Conv, Linear)) else None
+        dtypes[op.output] = given_type or kinds.pop()
     return dtypes
 
 

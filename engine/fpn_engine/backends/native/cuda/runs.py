@@ -1,0 +1,199 @@
+"""The operations on CUDA: a function of inputs and output for each tactic, and for the operations that have but one.
+
+All tensors are on the device and stay there; nothing is read back, and nothing but a result and a workspace is
+allocated, so that a CUDA graph can be captured of it. cuDNN and cuBLAS are called with TF32 off: float32 is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpn_engine.backends.native.cpu import DTYPES, make_run
+from fpn_engine.backends.native.cpu_convolution import Run, activate_, is_symmetric, nchw, pad
+from fpn_engine.backends.native.cuda.tactics import CUBLAS, CUDNN_EPILOGUE, CUDNN_FUSED, Tactic
+from fpn_engine.backends.native.cuda.work import Work
+from fpn_engine.backends.native.ops import NONE, UNIT, Activate, Activation, Add, Conv, Linear, MaxPool, Op
+from fpn_kernels.triton.convolution import launch_convolution
+from fpn_kernels.triton.epilogue import FUNCTIONS, clip_bounds, launch_finish
+from fpn_kernels.triton.max_pool import launch_max_pool
+
+Weights = Mapping[str, Tensor]
+CHANNELS = 8  # halves of which cuDNN's tensor-core kernels read at once; a stem of 3 is filled up with zeros
+
+
+def make_tactic_run(tactic: Tactic, op: Conv | Linear, work: Work, weights: Weights, processors: int) -> Run:
+    """The function of a convolution or fully connected layer by a tactic that supports it."""
+    if tactic.name == CUBLAS:
+        assert isinstance(op, Linear)
+        return _make_cublas(op, work, weights)
+    if tactic.name in (CUDNN_FUSED, CUDNN_EPILOGUE):
+        assert isinstance(op, Conv)
+        return (_make_cudnn_fused if tactic.name == CUDNN_FUSED else _make_cudnn_epilogue)(op, work, weights)
+    return _make_triton(tactic, op, weights, processors)
+
+
+def make_only_run(op: Op, weights: Weights) -> Run:
+    """The function of an operation that has one implementation."""
+    match op:
+        case MaxPool():
+            return _make_max_pool(op)
+        case Add():
+            return _make_add(op)
+        case Activate():
+            return lambda inputs, out: _finish(inputs[0], None, None, out, op.activation)
+    return make_run(op, weights)
+
+
+def _make_triton(tactic: Tactic, op: Conv | Linear, weights: Weights, processors: int) -> Run:
+    weight, bias = weights[op.weight], None if op.bias is None else weights[op.bias]
+    tile = tactic.tile
+    assert tile is not None
+    geometry = {}
+    if isinstance(op, Conv):
+        geometry = {"stride": op.stride, "padding": op.padding[:2], "dilation": op.dilation, "upsample": op.upsample}
+    function, bounds = _function(op.activation)
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        residual = inputs[1] if len(inputs) == 2 else None
+        return launch_convolution(
+            inputs[0],
+            weight,
+            bias,
+            residual,
+            _given(out),
+            tile=tile,
+            split=tactic.split,
+            processors=processors,
+            function=function,
+            bounds=bounds,
+            **geometry,
+        )
+
+    return run
+
+
+def _make_cudnn_epilogue(op: Conv, work: Work, weights: Weights) -> Run:
+    """The convolution in the operands' number type, float32 if the result is wider; then all that follows in place."""
+    dtype = DTYPES[work.out_dtype]
+    weight = weights[op.weight].to(dtype)
+    bias = None if op.bias is None else weights[op.bias]
+    convolve = _make_convolution(op, weight)
+    follows = bias is not None or work.has_residual or op.activation != NONE
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        out = _given(out)
+        residual = inputs[1] if len(inputs) == 2 else None
+        # Onto its residual the convolution would overwrite what is added.
+        target = torch.empty_like(out) if residual is not None and residual.data_ptr() == out.data_ptr() else out
+        convolve(inputs[0].to(dtype), target)
+        return _finish(target, bias, residual, out, op.activation, op.upsample) if follows else out
+
+    return run
+
+
+def _make_cudnn_fused(op: Conv, work: Work, weights: Weights) -> Run:
+    weight = _channels_last(_fill_up(weights[op.weight], op.groups))
+    bias = weights[op.bias] if op.bias else torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    geometry = (list(op.stride), list(op.padding[:2]), list(op.dilation), op.groups)
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        x = nchw(_fill_up(inputs[0], op.groups))
+        if len(inputs) == 2:
+            result = torch.ops.aten.cudnn_convolution_add_relu(x, weight, nchw(inputs[1]), 1.0, bias, *geometry)
+        else:
+            result = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return result.permute(0, 2, 3, 1)
+
+    return run
+
+
+def _make_convolution(op: Conv, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """cuDNN's convolution alone, into the output."""
+    is_half = weight.dtype != torch.float32
+    weight = _channels_last(_fill_up(weight, op.groups) if is_half else weight)
+    whole = is_symmetric(op.padding)
+    padding = list(op.padding[:2]) if whole else [0, 0]
+
+    def run(x: Tensor, out: Tensor) -> Tensor:
+        x = nchw(_fill_up(x, op.groups) if is_half else x)
+        if not whole:
+            x = pad(x, op.padding, 0.0)
+        if not x.is_cuda:  # cuDNN's place in tests on a CPU
+            y = F.conv2d(x.float(), weight.float(), None, op.stride, padding, op.dilation, op.groups)
+            return out.copy_(y.permute(0, 2, 3, 1))
+        flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+        stride, dilation = list(op.stride), list(op.dilation)
+        torch.ops.aten.cudnn_convolution.out(x, weight, padding, stride, dilation, op.groups, **flags, out=nchw(out))
+        return out
+
+    return run
+
+
+def _make_cublas(op: Linear, work: Work, weights: Weights) -> Run:
+    dtype = DTYPES[work.out_dtype]
+    columns = weights[op.weight].to(dtype).t()
+    bias = None if op.bias is None else weights[op.bias].to(dtype)
+    has_relu = op.activation.kind == "relu" and dtype == torch.bfloat16  # cuBLAS makes 0 of NaN there
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        out = _given(out)
+        rows = inputs[0].to(dtype)
+        if bias is None:
+            return activate_(torch.mm(rows, columns, out=out), op.activation)
+        if has_relu:
+            return torch.ops.aten._addmm_activation.out(bias, rows, columns, out=out)
+        return activate_(torch.addmm(bias, rows, columns, out=out), op.activation)
+
+    return run
+
+
+def _make_max_pool(op: MaxPool) -> Run:
+    padding = (op.padding[0], op.padding[1])
+    return lambda inputs, out: launch_max_pool(inputs[0], _given(out), op.kernel, op.stride, padding, op.dilation)
+
+
+def _make_add(op: Add) -> Run:
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        fine, coarse = inputs
+        scale = op.upsample
+        if coarse.shape != fine.shape and scale == UNIT:  # one cell for each image
+            scale = (fine.shape[1], fine.shape[2])
+        return _finish(fine, None, coarse, out, op.activation, scale)
+
+    return run
+
+
+def _finish(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    activation: Activation,
+    upsample: tuple[int, int] = UNIT,
+) -> Tensor:
+    return launch_finish(x, bias, residual, _given(out), upsample, *_function(activation))
+
+
+def _function(activation: Activation) -> tuple[int, tuple[float, float]]:
+    """How the kernels know an activation."""
+    return FUNCTIONS[activation.kind], clip_bounds(activation.kind, activation.low, activation.high)
+
+
+def _fill_up(x: Tensor, groups: int) -> Tensor:
+    """Zeros behind the channels of a map or weight, up to a multiple of CHANNELS."""
+    missing = -x.shape[-1] % CHANNELS
+    return F.pad(x, (0, missing)) if missing and groups == 1 else x
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """(O, kH, kW, C) as torch's (O, C, kH, kW), dense in channels_last order."""
+    return nchw(weight.contiguous())
+
+
+def _given(out: Tensor | None) -> Tensor:
+    assert out is not None, "on a device results have their places"
+    return out
