@@ -49,6 +49,7 @@ class LoadOptions(TypedDict, total=False):
     device: str | None
     streams: int
     buckets: int | Sequence[Size] | None
+    graphs: bool
     graph_memory: int | None
 
 
@@ -104,6 +105,7 @@ class Engine:
             [Pipeline(spec, *load_parts(plan, threads, device), device) for _ in range(streams)],
             batch_size=options.get("batch_size", 1),
             buckets=options.get("buckets"),
+            graphs=options.get("graphs", True),
             graph_memory=options.get("graph_memory"),
         )
 

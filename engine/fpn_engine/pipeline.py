@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
 from fpn_engine.spec import ModelSpec
+from fpn_engine.stages import BOX_HEAD, DETECTIONS, POOLING, PREPROCESS, PROPOSALS, TRUNK, stage
 from fpn_kernels import (
     PackedImages,
     decode_proposals,
@@ -131,15 +132,16 @@ class Pipeline:
         Args: image_sizes: (N, 2) int64, resized height and width before padding.
         """
         spec = self.spec
-        return preprocess(
-            *packed,
-            image_sizes,
-            padded_size,
-            spec.image_mean,
-            spec.image_std,
-            reverse_channels=spec.channel_order == "bgr",
-            dtype=getattr(self.trunk, "input_dtype", torch.float32),
-        )
+        with stage(PREPROCESS):
+            return preprocess(
+                *packed,
+                image_sizes,
+                padded_size,
+                spec.image_mean,
+                spec.image_std,
+                reverse_channels=spec.channel_order == "bgr",
+                dtype=getattr(self.trunk, "input_dtype", torch.float32),
+            )
 
     def __call__(
         self, images: Tensor, image_sizes: Tensor, thresholds: Thresholds, proposals: Proposals | None = None
@@ -154,7 +156,8 @@ class Pipeline:
         """
         if proposals is None and not self.spec.has_rpn:
             raise ValueError("a fast_rcnn detects among given proposals, but there are none")
-        out = self.trunk(images)
+        with stage(TRUNK):
+            out = self.trunk(images)
         if not self.spec.has_box_head:
             found = self.propose(out, images.shape[-2:], image_sizes, thresholds)
             return self._as_detections(out, found, thresholds.box_detections_per_img)
@@ -167,7 +170,8 @@ class Pipeline:
 
         Args: as a call of the pipeline.
         """
-        out = self.trunk(images)
+        with stage(TRUNK):
+            out = self.trunk(images)
         found = self.propose(out, images.shape[-2:], image_sizes)
         return self._as_detections(out, found, self.spec.rpn_post_nms_top_n_test)
 
@@ -185,25 +189,26 @@ class Pipeline:
         spec = self.spec
         score_thresh = thresholds.box_score_thresh if thresholds else spec.rpn_score_thresh
         nms_thresh = thresholds.box_nms_thresh if thresholds else spec.rpn_nms_thresh
-        k = spec.rpn_pre_nms_top_n_test
-        logits, indices, levels = select_topk(out.objectness, k)
-        boxes, scores = decode_proposals(
-            logits,
-            indices,
-            out.deltas,
-            self._base_anchors,
-            (padded_size[0], padded_size[1]),
-            image_sizes,
-            k=k,
-            min_size=spec.rpn_min_size,
-            score_thresh=score_thresh,
-        )
-        groups = levels.expand(len(logits), -1)
-        keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test)
-        if not self._fixed_shapes:
-            keep = keep[:, : max(1, int(counts.max()))]
-        boxes, scores = _take(keep, boxes, scores)
-        return Proposals(boxes, scores, counts)
+        with stage(PROPOSALS):
+            k = spec.rpn_pre_nms_top_n_test
+            logits, indices, levels = select_topk(out.objectness, k)
+            boxes, scores = decode_proposals(
+                logits,
+                indices,
+                out.deltas,
+                self._base_anchors,
+                (padded_size[0], padded_size[1]),
+                image_sizes,
+                k=k,
+                min_size=spec.rpn_min_size,
+                score_thresh=score_thresh,
+            )
+            groups = levels.expand(len(logits), -1)
+            keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test)
+            if not self._fixed_shapes:
+                keep = keep[:, : max(1, int(counts.max()))]
+            boxes, scores = _take(keep, boxes, scores)
+            return Proposals(boxes, scores, counts)
 
     def _as_detections(self, out: TrunkOutput, proposals: Proposals, limit: int) -> PaddedDetections:
         """The best ``limit`` proposals as detections of label 1."""
@@ -224,23 +229,27 @@ class Pipeline:
         n, slots = proposals.boxes.shape[:2]
         image = torch.arange(n, dtype=torch.float32, device=proposals.boxes.device)
         rois = torch.cat([image[:, None, None].expand(n, slots, 1), proposals.boxes], dim=2).view(-1, 5)
-        class_logits, box_deltas = self.head(self.pool(out, rois, proposals.counts))
-        boxes, scores, labels, _ = select_candidates(
-            class_logits,
-            box_deltas,
-            proposals.boxes,
-            proposals.counts,
-            image_sizes,
-            score_thresh=thresholds.box_score_thresh,
-            min_size=spec.box_min_size,
-            weights=spec.bbox_reg_weights,
-        )
-        limit = thresholds.box_detections_per_img
-        keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit)
-        finite = self.find_finite(out)
-        finite &= _finite(class_logits.view(n, slots, -1), box_deltas.view(n, slots, -1))
-        boxes, scores, labels = _take(keep, boxes, scores, labels)
-        return PaddedDetections(boxes, scores, labels, counts, _as_status(finite))
+        with stage(POOLING):
+            pooled = self.pool(out, rois, proposals.counts)
+        with stage(BOX_HEAD):
+            class_logits, box_deltas = self.head(pooled)
+        with stage(DETECTIONS):
+            boxes, scores, labels, _ = select_candidates(
+                class_logits,
+                box_deltas,
+                proposals.boxes,
+                proposals.counts,
+                image_sizes,
+                score_thresh=thresholds.box_score_thresh,
+                min_size=spec.box_min_size,
+                weights=spec.bbox_reg_weights,
+            )
+            limit = thresholds.box_detections_per_img
+            keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit)
+            finite = self.find_finite(out)
+            finite &= _finite(class_logits.view(n, slots, -1), box_deltas.view(n, slots, -1))
+            boxes, scores, labels = _take(keep, boxes, scores, labels)
+            return PaddedDetections(boxes, scores, labels, counts, _as_status(finite))
 
     def pool(self, out: TrunkOutput, rois: Tensor, counts: Tensor | None = None) -> Tensor:
         """RoI features (R, C, S, S) as the spec has it.

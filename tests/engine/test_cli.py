@@ -17,7 +17,7 @@ from tests.engine.dataset import dataset
 
 __all__ = ["dataset"]
 
-COMMANDS = ("demo", "export", "build", "infer", "eval", "train", "scenes", "info", "doctor")
+COMMANDS = ("demo", "export", "build", "infer", "eval", "train", "scenes", "info", "bench", "doctor")
 
 
 def test_help_names_the_steps_and_the_exit_codes(run: Run) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fpn_engine.cli.bench import bench
 from fpn_engine.cli.build import build
 from fpn_engine.cli.demo import demo
 from fpn_engine.cli.doctor import doctor
@@ -41,6 +42,7 @@ app.command(name="eval", no_args_is_help=True)(evaluate)
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(scenes)
 app.command(no_args_is_help=True)(info)
+app.command()(bench)
 app.command()(doctor)
 
 

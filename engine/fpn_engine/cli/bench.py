@@ -1,0 +1,160 @@
+"""``fpn-engine bench``: how fast a plan is on this machine."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fpn_engine.cli.console import emit, note, show
+from fpn_engine.cli.options import BatchOption, DeviceOption, ModelOption, ThreadsOption
+from fpn_engine.cli.plans import choose_plan
+from fpn_engine.errors import FpnEngineError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fpn_engine.ruler import Pixels
+
+MOST_IMAGES = 16  # that are kept in memory
+MOST_ROUNDS = 1_000_000
+SCENES_SEED = 20_170_421  # pictures to time on where none are given
+
+
+def bench(
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="Default: as fpn-engine infer.", show_default=False)
+    ] = None,
+    model: ModelOption = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Time on these pictures, the first 16 that can be read; else on drawn scenes."
+        ),
+    ] = None,
+    batch: BatchOption = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_ROUNDS, help="Calls to time; default what fits into --seconds, 5 at least."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure.")] = 5.0,
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time each stage too, and say what the rest takes.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one call as a Chrome trace (JSON), for Perfetto.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON on stdout.")] = False,
+) -> None:
+    """Time a plan from pixels in memory to detections: the middle, and what a fifth stays below and above.
+
+    Figures hold for these pictures on this machine as busy as it is now.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; the profiler talks to stderr
+    from fpn_engine.engine import Engine, LoadOptions
+    from fpn_engine.named import BUNDLED
+    from fpn_engine.plan import read_plan
+    from fpn_engine.provenance import describe_machine
+    from fpn_engine.ruler import time_engine, time_stages, write_trace
+
+    path = choose_plan(plan, model, default=BUNDLED)
+    loaded = read_plan(path)
+    if not loaded.manifest.spec.has_rpn:
+        raise FpnEngineError("a Fast R-CNN detects among given proposals, which bench has none of; time another plan")
+    options: LoadOptions = {"batch_size": batch, "threads": threads, "device": device}
+    engine = Engine.from_plan(loaded, **options)
+    pictures, what = _read(images) if images else _draw()
+    batches = _fill(pictures, batch)
+    spread = time_engine(engine, batches, rounds=rounds, seconds=seconds)
+    manifest = loaded.manifest
+    facts: dict[str, Any] = {
+        "plan": str(path),
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "runs on": str(engine.device),
+        "pictures": what,
+        "batch": batch,
+        "milliseconds": spread.to_dict(),
+        "images per second": float(f"{1e3 * batch / spread.median:.4g}"),
+    }
+    if profile or trace:
+        one_by_one: LoadOptions = {**options, "graphs": False}
+        eager = Engine.from_plan(loaded, **one_by_one) if engine.device.type == "cuda" else engine
+        if profile:
+            stages = time_stages(eager, batches[0])
+            facts["stages, milliseconds"] = {name: float(f"{spent:.4g}") for name, spent in stages.items()}
+        if trace:
+            write_trace(eager, batches[0], trace)
+            note(f"trace: {trace}")
+    facts["machine"] = describe_machine()
+    if json:
+        emit(json_module.dumps(facts, indent=1))
+    else:
+        show(*_tables(facts))
+
+
+def _read(folder: Path) -> tuple[list[Pixels], str]:
+    from fpn_engine.images import to_array
+    from fpn_engine.sources import list_images
+
+    pictures = []
+    for path in list_images([folder]):
+        try:
+            pictures.append(to_array(path))
+        except FpnEngineError as error:
+            note(f"fpn-engine: {error}")
+        if len(pictures) == MOST_IMAGES:
+            break
+    if not pictures:
+        raise FpnEngineError(f"no picture in {folder} can be read")
+    return pictures, f"{len(pictures)} of {folder}"
+
+
+def _draw() -> tuple[list[Pixels], str]:
+    from fpn_export.scenes import make_scene
+
+    pictures = [make_scene(SCENES_SEED, index).image for index in range(4)]
+    height, width = pictures[0].shape[:2]
+    return pictures, f"{len(pictures)} drawn scenes, {height} x {width}"
+
+
+def _fill(pictures: Sequence[Pixels], batch: int) -> list[list[Pixels]]:
+    """Every picture in turn, as many batches as there are pictures."""
+    endless = (pictures[index % len(pictures)] for index in range(batch * len(pictures)))
+    return [list(islice(endless, batch)) for _ in pictures]
+
+
+def _tables(facts: dict[str, Any]) -> list[RenderableType]:
+    from rich.table import Table
+
+    from fpn_engine.ruler import WHOLE
+
+    times = facts["milliseconds"]
+    head = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
+    head.add_row("plan", f"{facts['plan']}: {facts['backend']} {facts['precision']} on {facts['runs on']}")
+    head.add_row("machine", facts["machine"]["device"])
+    head.add_row("pictures", f"{facts['pictures']}, {facts['batch']} at once")
+    spread = f"a fifth below {_text(times['p20'])}, a fifth above {_text(times['p80'])}, {times['rounds']} calls"
+    head.add_row("time", f"{_text(times['median'])} ms ({spread})")
+    head.add_row("rate", f"{facts['images per second']:.4g} images a second")
+    if (found := facts.get("stages, milliseconds")) is None:
+        return [head]
+    stages = dict(found)
+    table = Table("stage", "ms", "share", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    whole = stages.pop(WHOLE)
+    for name, spent in {**stages, "everything else": max(0.0, whole - sum(stages.values()))}.items():
+        table.add_row(name, _text(spent), f"{100 * spent / whole:.0f} %")
+    return [head, "", table]
+
+
+def _text(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds < 10 else f"{milliseconds:.1f}"
