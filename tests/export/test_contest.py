@@ -128,7 +128,7 @@ def test_a_missing_operator_leaves_onnxruntime(model: Path, stand_in: ModelProto
     ("backend", "precision", "message"),
     [
         ("tensorflow", "fp32", "there is no backend 'tensorflow'; take one of auto, onnxruntime, native"),
-        ("auto", "fp64", "there is no precision 'fp64'; take one of fp32, bf16"),
+        ("auto", "fp64", "there is no precision 'fp64'; take one of fp32, fp16, bf16"),
         ("onnxruntime", "bf16", "the onnxruntime backend does not run bf16; take --backend native or fp32"),
     ],
 )
