@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
-from importlib.metadata import version
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,6 @@ def write_floor() -> str:
     return "\n".join(lines)
 
 
-def describe_gpu() -> dict[str, str]:
-    """What the kernels' speed depends on beside the packages that every row names."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {"driver": driver, "triton": version("triton")}
-
-
 @pytest.mark.parametrize("case", all_cases(DEVICE, [1], DTYPE), ids=lambda case: case.name)
 def test_kernel(case: Case, benchmark: BenchmarkFixture) -> None:
     inputs = case.make_inputs(0)
@@ -114,7 +106,8 @@ def main() -> None:
         print("no GPU here: the PyTorch references are measured on the CPU", file=sys.stderr)
     began = time.monotonic()
     rows = json.loads(given.output.read_text()) if given.output.exists() else []
-    run = describe_run("python -m benchmarks.bench_kernels") | (describe_gpu() if DEVICE.type == "cuda" else {})
+    run = describe_run("python -m benchmarks.bench_kernels")
+    failed: list[str] = []
     done = {(row["what"], row["batch"], row["dtype"], row["device"], row["commit"]) for row in rows}
     for case in all_cases(DEVICE, given.batches, DTYPE):
         key = (case.name, case.batch, str(case.dtype).removeprefix("torch."), run["device"], run["commit"])
@@ -123,13 +116,20 @@ def main() -> None:
         if time.monotonic() - began > 60 * given.minutes:
             print("out of time; the same command goes on", file=sys.stderr)
             break
-        row = {**measure(case), **run}
+        try:
+            row = {**measure(case), **run}
+        except Exception:  # of one op; the others can still be measured
+            traceback.print_exc()
+            failed.append(f"{case.name}, batch {case.batch}")
+            continue
         rows.append(row)
         temporary = given.output.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows, indent=1) + "\n")
         os.replace(temporary, given.output)
         times = "  ".join(f"{name} {t['median_us']:.4g} us ({t['how']})" for name, t in row["times"].items())
         print(f"{case.name}, batch {case.batch}: {times}", flush=True)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

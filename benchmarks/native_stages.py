@@ -14,7 +14,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from torch import Tensor
 from benchmarks.provenance import describe_run
 from benchmarks.timing import time_in_turns
 from fpn_engine.backends.native.cpu import DTYPES
-from fpn_engine.backends.native.cuda.choices import PART, TunedTactics
+from fpn_engine.backends.native.cuda.choices import PART, Choices, TunedTactics
+from fpn_engine.backends.native.cuda.executor import CudaExecutor
 from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.loading import find_work
 from fpn_engine.backends.native.cuda.timing_cache import TimingCache
 from fpn_engine.backends.native.cuda.work import Work
-from fpn_engine.backends.native.parts import load_native
+from fpn_engine.backends.native.parts import NativeHead, NativeTrunk, unpack_part
+from fpn_engine.backends.native.program import Program
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.spec import ModelSpec, numbered_categories
 from fpn_export.build import build_plan
@@ -86,13 +88,26 @@ def compare(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(errors)
 
 
-def build(subject: Subject, tune_for: TuneFor) -> Plan:
-    """A plan at fp16; what is measured stays in the timing cache."""
+def build(subject: Subject, tune_for: TuneFor, precision: str = "fp16") -> Plan:
+    """A plan for CUDA; what is measured stays in the timing cache."""
     with tempfile.TemporaryDirectory() as folder:
         model, plan = Path(folder) / "model.onnx", Path(folder) / "model.plan"
         model.write_bytes(subject.onnx_model.SerializeToString())
-        build_plan(model, plan, precision="fp16", tune_for=tune_for, on_note=print)
+        build_plan(model, plan, precision=precision, tune_for=tune_for, on_note=print)
         return read_plan(plan)
+
+
+def load_as_tuned(plan: Plan) -> tuple[NativeTrunk, NativeHead]:
+    """Trunk and head with what the build measured; to load the plan would be to measure what it left."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    choices = Choices(Gpu.of_device(device), TunedTactics.read(plan.parts[PART]).tactics)
+
+    def make(program: Program, weights: Mapping[str, Tensor]) -> CudaExecutor:
+        return CudaExecutor(program, weights, choices, device)
+
+    spec = plan.manifest.spec
+    trunk = NativeTrunk(*unpack_part("trunk", plan.parts), spec, make_executor=make)
+    return trunk, NativeHead(*unpack_part("head", plan.parts), spec, make_executor=make)
 
 
 def make_rows(subject: Subject, batch: int, level: str, seconds: float, known: set[str]) -> Iterator[dict[str, Any]]:
@@ -103,8 +118,7 @@ def make_rows(subject: Subject, batch: int, level: str, seconds: float, known: s
     begin = time.perf_counter()
     plan = build(subject, TuneFor(level=level, shapes=((batch, *SIZE),), seconds=seconds))
     built = round(time.perf_counter() - begin, 1)
-    trunk, head = load_native(plan)
-    assert head is not None
+    trunk, head = load_as_tuned(plan)
     device = torch.device("cuda")
     model = copy.deepcopy(subject.model).to(device, torch.float16, memory_format=torch.channels_last).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,14 @@ import torch
 
 WARM_UP = 5
 ROUNDS = {"cuda": 60, "cpu": 5}
+LEAST_ROUNDS = 10  # where the time is limited
 # Bytes that are overwritten before each call: several times an L2 cache, and some 60 us in which the host can queue the
 # events and the call, so that its share is not measured unless the call waits for the device.
 FLUSHED = 256 << 20
 
 Contestant = Callable[..., Any]
+# How it is timed, what puts the inputs of a round in place, and what is timed.
+Turn = tuple[str, Callable[[int], None], Callable[[], Any]]
 
 
 class Replay:
@@ -57,16 +61,27 @@ def time_in_turns(
     them.
     """
     device = next(t.device.type for t in _tensors(inputs[0]))
+    turns = {name: prepare(function, inputs, device) for name, function in contestants.items()}
+    return take_turns(turns, device, rounds=rounds)
+
+
+def take_turns(
+    turns: Mapping[str, Turn], device: str, *, rounds: int | None = None, seconds: float = math.inf
+) -> dict[str, dict[str, Any]]:
+    """As :func:`time_in_turns`, of what is prepared already; after ``seconds`` ten rounds are enough."""
     rounds = rounds or ROUNDS[device]
-    runs = {name: _prepare(function, inputs, device) for name, function in contestants.items()}
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(WARM_UP * (device == "cuda") + rounds):
-        for name, (_, load, run) in runs.items():
+    warm_up = WARM_UP * (device == "cuda")
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    begin = time.perf_counter()
+    for number in range(warm_up + rounds):
+        if time.perf_counter() - begin > seconds and number >= warm_up + LEAST_ROUNDS:
+            break
+        for name, (_, load, run) in turns.items():
             load(number)
-            spent = _time_on_cuda(run) if device == "cuda" else _time_on_cpu(run)
-            times[name].append(spent)
+            times[name].append(_time_on_cuda(run) if device == "cuda" else _time_on_cpu(run))
     return {
-        name: {"how": runs[name][0], **summarise(spent[-rounds:]), "rounds": rounds} for name, spent in times.items()
+        name: {"how": turns[name][0], **summarise(spent[warm_up:]), "rounds": len(spent) - warm_up}
+        for name, spent in times.items()
     }
 
 
@@ -75,10 +90,8 @@ def summarise(microseconds: Sequence[float]) -> dict[str, float]:
     return {"median_us": median, "p20_us": p20, "p80_us": p80}
 
 
-def _prepare(
-    function: Contestant, inputs: Sequence[Sequence[Any]], device: str
-) -> tuple[str, Callable[[int], None], Callable[[], Any]]:
-    """How it is timed, what puts the inputs of a round in place, and what is timed."""
+def prepare(function: Contestant, inputs: Sequence[Sequence[Any]], device: str) -> Turn:
+    """A function on rotating inputs: on CUDA as graph replays if it can be captured."""
     at = [0]
 
     def call() -> Any:

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = (
-    *("fpn-engine", "torch", "triton", "torchvision", "onnxruntime-gpu", "onnxruntime", "onnx", "tensorrt", "numpy"),
-)
+PACKAGES = ("torch", "triton", "torchvision", "tensorrt", "onnxruntime-gpu", "onnxruntime", "onnx", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
     """JSON-ready: the GPU and its driver or the processor, threads, Python and packages."""
-    found = {
+    return {
         "device": _device(),
+        **_driver(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": _versions(),
     }
-    driver = _driver()
-    return {**found, "driver": driver} if driver else found
 
 
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
-def _driver() -> str:
-    """NVIDIA's kernel module, as "580.82.07"."""
-    words = [line.split() for line in _read("/proc/driver/nvidia/version") if line.startswith("NVRM")]
-    return next((word for word in (words or [[]])[0] if word[:1].isdigit()), "")
-
-
-def _read(path: str) -> list[str]:
+def _driver() -> dict[str, str]:
+    """Of the GPU, if there is one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
+        answer = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"driver": answer.stdout.split()[0]} if answer.stdout else {}
 
 
 def _versions() -> dict[str, str]:
