@@ -25,6 +25,7 @@ def bundle(checkpoint: Path, target: Path) -> None:
     weights = {name: t.to(torch.float16).contiguous() for name, t in state.items() if t.is_floating_point()}
     with replacing(target) as temporary:
         save_file(weights, temporary)
+        temporary.chmod(0o644)  # it is for all who install the package
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     about = json.loads(checkpoint.with_suffix(".json").read_text())["about"]
     values = {**loaded.spec.to_dict(), "source": ""}

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 MAX_WHEEL_BYTES = 10_000_000
 HELD_OUT = 20_170_420  # the data set beside that of the demonstration
 SCENES = 6
-# An early model: AP 0.13, stopped after 1000 of 6000 updates. The one that follows has to find most.
-FOUND, SPURIOUS = 0.05, 0.25
+# AP 0.52 after 5000 updates; one that is trained further has to find more, and less that is not there.
+FOUND, SPURIOUS = 0.5, 0.6
 
 
 def test_it_is_described_in_full() -> None:
