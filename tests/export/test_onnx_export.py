@@ -116,7 +116,10 @@ def test_stable_names(model: ModelProto, subject: Subject) -> None:
 
 
 def test_nothing_about_the_machine_that_wrote_it(model: ModelProto) -> None:
-    data = model.SerializeToString()
+    without_weights = ModelProto.FromString(model.SerializeToString())
+    for tensor in without_weights.graph.initializer:
+        tensor.ClearField("raw_data")  # any few letters are among millions of random bytes
+    data = without_weights.SerializeToString()
     for trace in (b"site-packages", b"stack_trace", b"Traceback", b".py", b"pkg.torch", b"torch.nn", b"/home/"):
         assert trace not in data, trace
     for folder in (Path.cwd(), Path.home(), Path(torch.__file__).parent, Path(__file__).parents[2]):
