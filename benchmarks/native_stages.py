@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_case import us
 from benchmarks.provenance import describe_run
 from benchmarks.timing import time_in_turns
 from fpn_engine.backends.native.cpu import DTYPES
@@ -41,8 +42,6 @@ from tests.parity.subject import Subject, random_subject
 SIZE = (800, 1216)
 ROIS = 1000
 ROTATING = 4  # sets of inputs
-# Measured on an H200: see docs/measurements.md for how.
-FLOP_PER_US, BYTES_PER_US = 790e6, 4.3e6
 ERROR = 0.03  # of the largest magnitude, of fp16 against fp16, which round at different places
 COMMAND = "python -m benchmarks.native_stages"
 Function = Callable[..., Any]
@@ -53,7 +52,7 @@ def floor_us(work: Work) -> float:
     itemsize, out_size = (DTYPES[dtype].itemsize for dtype in (work.dtype, work.out_dtype))
     numbers = _count(work.x) + _count(work.weight) + (_count(work.residual_shape()) if work.has_residual else 0)
     moved = numbers * itemsize + _count(work.out) * out_size
-    return max(2 * work.rows * work.columns * work.depth / FLOP_PER_US, moved / BYTES_PER_US)
+    return us(moved, 2 * work.rows * work.columns * work.depth)
 
 
 def _count(shape: tuple[int, ...]) -> int:
