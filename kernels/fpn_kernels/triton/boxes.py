@@ -10,6 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
+def is_finite(x):
+    """Neither NaN nor infinite."""
+    return (x == x) & (tl.abs(x) != float("inf"))
+
+
+@triton.jit
 def exponential(x):
     """exp(x) in float32 within 1 ulp, of sums and products that round alike on every device.
 

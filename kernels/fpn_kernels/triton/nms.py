@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fpn_kernels.triton.boxes import is_finite
 from fpn_kernels.triton.builds import Build
 
 COUNTED = 32768  # above, radix sort beats counting
@@ -25,11 +26,6 @@ RANK_ROWS, RANK_COLUMNS = 32, 256
 OVERLAP_ROWS, OVERLAP_COLUMNS, OVERLAP_WARPS = 16, 64, 8  # larger tiles a warp spill in some versions of Triton
 OVERLAP_SHARES = 8  # programs among which a row of tiles is divided; with one a tile, most would have nothing to do
 SUPPRESS_ROWS, SUPPRESS_COLUMNS = 32, 64
-
-
-@triton.jit
-def _is_finite(x):
-    return (x == x) & (tl.abs(x) != float("inf"))
 
 
 @triton.jit
@@ -45,7 +41,7 @@ def _is_present(boxes, scores, at, inside):
     score = tl.load(scores + at, mask=inside, other=float("-inf"))
     present = inside & (score == score) & (score != float("-inf"))
     for side in tl.static_range(4):
-        present &= _is_finite(tl.load(boxes + at * 4 + side, mask=inside, other=float("nan")))
+        present &= is_finite(tl.load(boxes + at * 4 + side, mask=inside, other=float("nan")))
     return present, _score_key(score)
 
 

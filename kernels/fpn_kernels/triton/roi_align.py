@@ -17,7 +17,7 @@ from torch import Tensor
 from fpn_kernels.roi_align import MAX_GRID
 from fpn_kernels.triton.builds import Build
 from fpn_kernels.triton.levels import pick_pointer, pick_size
-from fpn_kernels.triton.rois import level_of, load_roi, pack_sides, smallest_sizes, tile_for, to_nhwc
+from fpn_kernels.triton.rois import level_of, load_roi, pack_sides, place_tile, smallest_sizes, tile_for, to_nhwc
 
 UNROLLED = 2  # samples per bin and axis up to which all taps are laid out, to be in flight together
 
@@ -110,16 +110,8 @@ def roi_align_kernel(
     ``features``: each level's (N, H, W, C), or its float32 gradient. ``pooled``: (R, SIZE, SIZE, C), or its gradient.
     GRID: samples per bin and axis if they are 1 or 2; 0 leaves them to ``sampling_ratio``, and 0 there to the RoI.
     """
-    x_parts: tl.constexpr = (SIZE + BINS - 1) // BINS
-    y_parts: tl.constexpr = (SIZE + ROWS - 1) // ROWS
-    roi = (tl.program_id(0) // (x_parts * y_parts)).to(tl.int64)
-    y_first = tl.program_id(0) // x_parts % y_parts * ROWS
-    y_end = tl.minimum(y_first + ROWS, SIZE)
-    x_bin = tl.program_id(0) % x_parts * BINS + tl.arange(0, BINS)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (x_bin < SIZE)[:, None] & (channels < C)[None, :]
-    columns = channels[None, :]
-    at = pooled + roi * (SIZE * SIZE * C) + x_bin[:, None] * C + columns
+    roi, y_first, y_end, x_bin, columns, mask, offsets = place_tile(C, SIZE, ROWS, BINS, BLOCK_C)
+    at = pooled + offsets
 
     present, image, x1, y1, x2, y2 = load_roi(rois, counts, roi, slots, N, HAS_COUNTS)
     if present:

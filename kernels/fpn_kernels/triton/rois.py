@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.levels import assign_levels
+from fpn_kernels.triton.boxes import is_finite
 from fpn_kernels.triton.levels import pack_sizes
 
 ROWS = 4  # rows of bins that one program pools, one after another
@@ -20,8 +21,24 @@ NEIGHBOURS = 1 << 12  # float32 values around a boundary between levels; the rou
 
 
 @triton.jit
-def _is_finite(x):
-    return (x == x) & (tl.abs(x) != float("inf"))
+def place_tile(
+    C: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """What a program of a pooling's grid has to do, ROWS rows of BINS bins of a RoI.
+
+    Returns: the RoI as int64, its first row and the one behind its last, the bins of a row, the channels (1, BLOCK_C),
+    which of bins and channels there are, and where they lie in row 0 of (R, SIZE, SIZE, C).
+    """
+    x_parts: tl.constexpr = (SIZE + BINS - 1) // BINS
+    y_parts: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    roi = (tl.program_id(0) // (x_parts * y_parts)).to(tl.int64)
+    y_first = tl.program_id(0) // x_parts % y_parts * ROWS
+    y_end = tl.minimum(y_first + ROWS, SIZE)
+    x_bin = tl.program_id(0) % x_parts * BINS + tl.arange(0, BINS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (x_bin < SIZE)[:, None] & (channels < C)[None, :]
+    columns = channels[None, :]
+    return roi, y_first, y_end, x_bin, columns, mask, roi * (SIZE * SIZE * C) + x_bin[:, None] * C + columns
 
 
 @triton.jit
@@ -32,7 +49,7 @@ def load_roi(rois, counts, roi, slots, N, HAS_COUNTS: tl.constexpr):
     y1 = tl.load(rois + roi * 5 + 2)
     x2 = tl.load(rois + roi * 5 + 3)
     y2 = tl.load(rois + roi * 5 + 4)
-    finite = _is_finite(x1) & _is_finite(y1) & _is_finite(x2) & _is_finite(y2)
+    finite = is_finite(x1) & is_finite(y1) & is_finite(x2) & is_finite(y2)
     present = finite & (image >= 0.0) & (image < N)
     if HAS_COUNTS:
         present &= roi % slots < tl.load(counts + roi // slots)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpn_kernels.triton import convolution
-from fpn_kernels.triton.convolution import (
+from fpn_kernels.triton.convolution import launch_convolution
+from fpn_kernels.triton.epilogue import FUNCTIONS, clip_bounds
+from fpn_kernels.triton.tiles import (
     FLOAT32_TILE,
     LARGE_TILE,
     RAGGED_TILES,
@@ -17,10 +18,9 @@ from fpn_kernels.triton.convolution import (
     TILES,
     WHOLE,
     Tile,
+    count_shared_bytes,
     divide,
-    launch_convolution,
 )
-from fpn_kernels.triton.epilogue import FUNCTIONS, clip_bounds
 from tests.kernels.boxes import seeded
 from tests.kernels.triton.capture import assert_capturable
 from tests.kernels.triton.device import DEVICE
@@ -229,7 +229,7 @@ WINDOW_STAGES = ((200, 304, 64, 64), (100, 152, 128, 128), (25, 38, 512, 512), (
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tile", [*TILES, LARGE_TILE], ids=str)
 def test_real_stages(tile, dtype):
-    if convolution.count_shared_bytes(tile, 2) > torch.cuda.get_device_properties(0).shared_memory_per_block_optin:
+    if count_shared_bytes(tile, 2) > torch.cuda.get_device_properties(0).shared_memory_per_block_optin:
         pytest.skip("needs more shared memory than there is")
     for h, w, c, o in POINTWISE_STAGES:
         for split in (WHOLE, 4, STREAM):

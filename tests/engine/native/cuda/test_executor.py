@@ -40,7 +40,7 @@ from fpn_engine.backends.native.ops import (
     Upsample,
 )
 from fpn_engine.backends.native.program import Program
-from fpn_kernels.triton.convolution import FLOAT32_TILE, RAGGED_TILES
+from fpn_kernels.triton.tiles import FLOAT32_TILE, RAGGED_TILES
 from tests.engine.native.cuda.works import H200
 from tests.kernels.triton.device import DEVICE
 

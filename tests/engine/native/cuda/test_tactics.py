@@ -33,7 +33,7 @@ from fpn_engine.backends.native.cuda.tactics import (
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, Activation
 from fpn_engine.errors import BackendError
-from fpn_kernels.triton.convolution import LARGE_TILE, RAGGED_TILES, TILES, Tile
+from fpn_kernels.triton.tiles import LARGE_TILE, RAGGED_TILES, TILES, Tile
 from tests.engine.native.cuda.works import H200, REAL, SMALL, conv, linear
 from tests.kernels.triton.device import DEVICE
 

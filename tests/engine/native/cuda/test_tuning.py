@@ -20,7 +20,7 @@ from fpn_engine.backends.native.cuda.timing_cache import Timed, TimingCache
 from fpn_engine.backends.native.cuda.tuning import ROUNDS, TRIAL_ROUNDS, Tuner
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import BFLOAT16
-from fpn_kernels.triton.convolution import TILES
+from fpn_kernels.triton.tiles import TILES
 from tests.engine.native.cuda.works import H200, SMALL, conv
 
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, UNIT
-from fpn_kernels.triton.convolution import (
+from fpn_kernels.triton.convolution import count_blocks, mode_for
+from fpn_kernels.triton.tiles import (
     FLOAT32_TILE,
     LARGE_TILE,
     RAGGED_TILES,
@@ -25,10 +26,8 @@ from fpn_kernels.triton.convolution import (
     TILES,
     WHOLE,
     Tile,
-    count_blocks,
     count_shared_bytes,
     fit_tile,
-    mode_for,
 )
 
 CUDNN_FUSED, CUDNN_EPILOGUE, CUBLAS = "cudnn_fused", "cudnn_epilogue", "cublas"
