@@ -13,7 +13,7 @@ SMOOTH_L1_BETA = 1 / 9  # where the box loss turns from quadratic to linear, in 
 
 
 class Loss(NamedTuple):
-    """A head's two scalar losses, to be added with equal weight."""
+    """A head's two scalar losses, to be added; ``Recipe.box_weight`` weighs the second."""
 
     classification: Tensor
     box: Tensor

@@ -32,6 +32,7 @@ class Recipe:
         flip: chance of a horizontal flip. scales: range of the factor on min_size and max_size, drawn log-uniformly.
         brightness: largest relative change of brightness.
         anchors_per_image, rois_per_image, proposals_per_image: see :class:`Samples`.
+        box_weight: of the box losses beside the classification losses (lambda in Ren et al. 2015, eq. 1).
         freeze_norm: batch norms keep their statistics and affine parameters, as when they come from ImageNet.
         frozen_stages: stages of the bottom-up network that are not trained: 0 none, 1 the stem, 2 also c2, ... 5 all.
         precision: of trunk and box head, "fp32" or "bf16"; everything else is fp32.
@@ -56,6 +57,7 @@ class Recipe:
     anchors_per_image: int = PAPER_SAMPLES.anchors
     rois_per_image: int = PAPER_SAMPLES.rois
     proposals_per_image: int = PAPER_SAMPLES.proposals
+    box_weight: float = 1.0
     freeze_norm: bool = False
     frozen_stages: int = 0
     precision: str = "fp32"
@@ -79,6 +81,7 @@ class Recipe:
             ("anchors_per_image", self.anchors_per_image >= 1, "at least 1"),
             ("rois_per_image", self.rois_per_image >= 1, "at least 1"),
             ("proposals_per_image", self.proposals_per_image >= 1, "at least 1"),
+            ("box_weight", self.box_weight > 0 and math.isfinite(self.box_weight), "positive"),
             ("frozen_stages", 0 <= self.frozen_stages <= 5, "from 0 to 5"),
             ("precision", self.precision in PRECISIONS, "one of " + ", ".join(PRECISIONS)),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),

@@ -19,7 +19,7 @@ from torch import Tensor
 import fpn_engine
 from fpn_engine.errors import CheckpointError
 from fpn_engine.files import replacing
-from fpn_engine.spec import ModelSpec
+from fpn_engine.masks.spec import read_spec
 from fpn_export.detector import FpnDetector
 from fpn_export.training.recipe import Recipe
 
@@ -142,7 +142,7 @@ class RunFolder:
 
 def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that an older version saved, with today's defaults for what it did not know."""
-    spec, recipe = ModelSpec.from_dict(settings["spec"]), Recipe.from_dict(settings["recipe"])
+    spec, recipe = read_spec(settings["spec"]), Recipe.from_dict(settings["recipe"])
     return json.loads(json.dumps({**settings, "spec": spec.to_dict(), "recipe": recipe.to_dict()}))
 
 

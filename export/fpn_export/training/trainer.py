@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from fpn_engine.errors import NonFiniteError
 from fpn_export.detector import FpnDetector
@@ -122,17 +123,8 @@ class Trainer:
         Raises: NonFiniteError if a loss is NaN or infinite; the last saved state remains.
         """
         recipe, processes, habits = self._recipe, self._processes, self._habits
-        losses_of = self._wrap(_Losses(self.model, recipe))
-        loader = make_loader(
-            self._examples,
-            self.model.spec,
-            recipe,
-            first_step=self.step,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            workers=habits.workers,
-        )
-        for batch in loader:
+        losses_of = self._wrap(self._make_losses())
+        for batch in self._make_loader():
             began = time.perf_counter()
             losses = self._update(losses_of, batch.to(processes.device))
             self.step += 1
@@ -166,7 +158,21 @@ class Trainer:
         processes.wait()
         return self.step == recipe.steps
 
-    def _wrap(self, losses: _Losses) -> nn.Module:
+    def _make_losses(self) -> nn.Module:
+        return _Losses(self.model, self._recipe)
+
+    def _make_loader(self) -> DataLoader[Any]:
+        return make_loader(
+            self._examples,
+            self.model.spec,
+            self._recipe,
+            first_step=self.step,
+            rank=self._processes.rank,
+            world_size=self._processes.world_size,
+            workers=self._habits.workers,
+        )
+
+    def _wrap(self, losses: nn.Module) -> nn.Module:
         if self._processes.world_size == 1:
             return losses
         # Without an RPN a level that no RoI of the batch falls on gets no gradient.
@@ -178,7 +184,7 @@ class Trainer:
             group["lr"] = recipe.rate_at(self.step)
         generator = torch_generator(processes.device, recipe.seed, SAMPLING, self.step, processes.rank)
         parts = losses_of(batch, generator)
-        total = torch.stack([part for loss in parts.values() for part in loss]).sum()
+        total = torch.stack([loss.classification + recipe.box_weight * loss.box for loss in parts.values()]).sum()
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         if recipe.clip_norm:

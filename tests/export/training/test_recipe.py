@@ -57,6 +57,8 @@ def test_it_survives_json() -> None:
         {"frozen_stages": 6},
         {"precision": "fp16"},
         {"rois_per_image": 0},
+        {"box_weight": 0.0},
+        {"box_weight": float("inf")},
         {"seed": -1},
     ],
 )

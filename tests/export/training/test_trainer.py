@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -103,6 +104,16 @@ def test_a_stopped_run_ends_as_one_that_was_not(run_path: Path, squares: Squares
     assert second.run(lambda progress: seen.append(progress.step))
     assert seen == list(range(1, 13))
     assert_same_run(run_path, uninterrupted)
+
+
+def test_box_losses_count_by_their_weight(run_path: Path, squares: Squares) -> None:
+    assert make_trainer(run_path, squares, dataclasses.replace(SHORT, steps=2, box_weight=3.0)).run()
+    names, *rows = read_log(run_path)
+    for row in rows:
+        parts = {name: float(value) for name, value in zip(names, row, strict=True)}
+        box, classification = (sum(v for k, v in parts.items() if k.endswith(e)) for e in ("_box", "_classification"))
+        assert box > 0
+        assert parts["loss"] == pytest.approx(classification + 3 * box, rel=1e-4)
 
 
 def train_until_killed(path: Path, squares: Squares) -> None:
