@@ -1,72 +1,63 @@
-"""All suites one after another, each in a process of its own with its share of the time.
+"""All suites one after another, each in a process of its own with its share of the time; and the report.
 
-    python -m benchmarks                             # what there is
-    python -m benchmarks --all -o results/ --minutes 25
+    python -m benchmarks                                     # what there is
+    python -m benchmarks -o benchmarks/results/DEVICE.json [--all] [--minutes 60]
+    python -m benchmarks report [RESULTS...] -o report.html [--pictures FOLDER]
 
-A suite writes OUTPUT/NAME.json, and adds to what is there. One that fails, or is not done when its time is up, does not
-keep the others from running; then the exit code is 1. Those that need a GPU are left out where there is none.
+Rows are added to the file one by one, and those that are in it are not taken again at the same commit, so that the same
+command goes on where it was stopped. A suite that fails, or is not done when its time is up, does not keep the others
+from running. The exit code is 1 then, and where a target of this device is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SOFT = 0.75  # of a suite's time, after which it begins nothing new; the rest is for what it is at
+from fpn_engine.errors import FpnEngineError
+
+SOFT = 0.8  # of a suite's time, after which it begins nothing new; the rest is for what it is at
 FAREWELL = 5.0  # seconds
+NAMES = ("peers", "engine", "stages", "kernels", "precision", "scaling", "cold", "paper")  # in this order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Suite:
-    """A module that takes -o FILE and --minutes M. ``weight``: its part of the time, relative to the other suites'."""
+class Command:
+    """A module that takes -o FILE and --minutes M. ``weight``: its part of the time, relative to the others'."""
 
     module: str
-    what: str
-    weight: float
-    needs_gpu: bool
+    summary: str
+    weight: float = 1.0
 
 
-SUITES = {
-    "kernels": Suite(
-        module="benchmarks.bench_kernels", what="each op against torchvision and eager", weight=1.0, needs_gpu=False
-    ),
-    "native_stages": Suite(
-        module="benchmarks.native_stages", what="native trunk and head, layer by layer", weight=1.0, needs_gpu=True
-    ),
-    "end_to_end": Suite(
-        module="benchmarks.end_to_end", what="whole detectors, and their stages", weight=2.0, needs_gpu=True
-    ),
-}
+def find_commands() -> dict[str, Command]:
+    found = {}
+    for name in NAMES:
+        suite = importlib.import_module(f"benchmarks.bench_{name}").SUITE
+        found[name] = Command(module=suite.module, summary=suite.summary, weight=suite.weight)
+    return found
 
 
-def list_suites(suites: Mapping[str, Suite]) -> str:
-    lines = [f"{name:14} {suite.what}{', on a GPU' * suite.needs_gpu}" for name, suite in suites.items()]
-    return "\n".join([*lines, "", "python -m benchmarks --all -o FOLDER --minutes M runs them"])
-
-
-def run_all(suites: Mapping[str, Suite], output: Path, minutes: float, has_gpu: bool) -> list[str]:
-    """Run those that can run here; returns what went wrong, a line each. Time that one leaves goes to the others."""
-    output.mkdir(parents=True, exist_ok=True)
+def run_all(commands: dict[str, Command], output: Path, minutes: float, options: Sequence[str]) -> list[str]:
+    """Returns what went wrong, a line each. Time that one leaves goes to the others."""
     end = time.monotonic() + 60 * minutes
-    chosen = {name: suite for name, suite in suites.items() if has_gpu or not suite.needs_gpu}
-    for name in suites.keys() - chosen.keys():
-        print(f"{name} is left out: there is no CUDA device here")
-    waiting, failures = sum(suite.weight for suite in chosen.values()), []
-    for name, suite in chosen.items():
-        seconds = (end - time.monotonic()) * suite.weight / waiting
-        waiting -= suite.weight
+    waiting, failures = sum(command.weight for command in commands.values()), []
+    for name, command in commands.items():
+        seconds = (end - time.monotonic()) * command.weight / waiting
+        waiting -= command.weight
         if seconds <= 0:
             failures.append(f"{name}: no time was left for it")
             continue
-        command = [sys.executable, "-m", suite.module, "-o", str(output / f"{name}.json")]
-        command += ["--minutes", f"{SOFT * seconds / 60:.3f}"]
-        print("+", *command, flush=True)
-        if failure := run_for(command, seconds):
+        words = [sys.executable, "-m", command.module, "-o", str(output), *options]
+        words += ["--minutes", f"{SOFT * seconds / 60:.3f}"]
+        print("+", *words, flush=True)
+        if failure := run_for(words, seconds):
             failures.append(f"{name}: {failure}")
     return failures
 
@@ -87,23 +78,48 @@ def run_for(command: Sequence[str], seconds: float) -> str:
     return f"exit code {code}" if code else ""
 
 
-def main(argv: Sequence[str], suites: Mapping[str, Suite] = SUITES, has_gpu: bool | None = None) -> int:
-    """``has_gpu``: None looks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="run them")
-    parser.add_argument("-o", "--output", type=Path, help="a folder")
-    parser.add_argument("--minutes", type=float, default=25.0, help="for all of them together")
-    given = parser.parse_args(argv)
-    if not given.all:
-        print(list_suites(suites))
-        return 0
-    if given.output is None:
-        parser.error("--all needs a folder: -o FOLDER")
-    if has_gpu is None:
-        import torch
+def judge(output: Path) -> list[str]:
+    """Print every target that there is a row for; returns those that were missed where they must not be."""
+    from benchmarks.rows import latest, read_rows
+    from benchmarks.targets import Targets
 
-        has_gpu = torch.cuda.is_available()
-    failures = run_all(suites, given.output, given.minutes, has_gpu)
+    verdicts = Targets.load_all().judge(latest(read_rows(output))) if output.exists() else []
+    for verdict in verdicts:
+        print(f"{verdict}{'' if verdict.is_here else f' (a target of {verdict.target_device}, for information)'}")
+    return [f"target {verdict}" for verdict in verdicts if verdict.is_failure]
+
+
+def main(argv: Sequence[str], commands: dict[str, Command] | None = None) -> int:
+    if argv[:1] == ["report"]:
+        from benchmarks.report import main as report
+
+        try:
+            return report(argv[1:])
+        except FpnEngineError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 1
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DEVICE.json", help="run them; added to")
+    parser.add_argument("--all", action="store_true", help="every case, not only the chief ones")
+    parser.add_argument("--quick", action="store_true", help="small models on the CPU, two rounds: no measurement")
+    parser.add_argument("--minutes", type=float, default=60.0, help="for all of them together")
+    parser.add_argument("--only", nargs="+", metavar="SUITE", help="these suites")
+    given = parser.parse_args(argv)
+    commands = find_commands() if commands is None else commands
+    if unknown := set(given.only or ()) - commands.keys():
+        parser.error(f"there is no suite {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
+    chosen = {name: command for name, command in commands.items() if not given.only or name in given.only}
+    if given.output is None:
+        print("\n".join(f"{name:12} {command.summary}" for name, command in chosen.items()))
+        print("\npython -m benchmarks -o DEVICE.json runs them, python -m benchmarks report -o report.html shows them")
+        return 0
+    if given.output.is_dir():
+        parser.error(f"{given.output} is a folder; give the name of a file in it, such as h200.json")
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    options = [*["--all"] * given.all, *["--quick"] * given.quick]
+    failures = run_all(chosen, given.output, given.minutes, options) + judge(given.output)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -1,136 +1,117 @@
 """Each op of fpn_kernels against torchvision, eager PyTorch and the floor, at the shapes of R50-FPN on 800x1216.
 
-    python -m benchmarks.bench_kernels -o benchmarks/results/kernels.json --minutes 8
+    python -m benchmarks.bench_kernels -o FILE [--all]
     python -m benchmarks.bench_kernels --floor
+    pytest benchmarks/bench_kernels.py
 
-Every result is compared with each rival's before anything is timed; then all take turns (see ``benchmarks.timing``).
-Rows are saved one by one, and those that are in the file already are not taken again. Without a GPU it measures the
+Every result is compared with each rival's before anything is timed; then all take turns. Without a GPU it measures the
 PyTorch references on the CPU, and says so in each row. ``--floor`` runs nothing: it prints the bytes and products of
 docs/kernels.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-import time
-import traceback
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.kernel_case import Case, same, us
+from benchmarks.kernel_case import KernelCase, same, us
 from benchmarks.kernel_cases import all_cases
-from benchmarks.provenance import describe_run
-from benchmarks.timing import time_in_turns
+from benchmarks.roofline import measure_peaks
+from benchmarks.suite import Case, Effort, Measured, RunCase, Suite, run_suite
+from benchmarks.targets import Targets
+from benchmarks.timing import describe_times, time_in_turns
 
-ROTATING = 4  # sets of inputs
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
+NAME = "kernels"
+ROTATING = {"cuda": 4, "cpu": 2}  # sets of inputs
+DTYPES = {"cuda": torch.float16, "cpu": torch.float32}
+PRECISIONS = {torch.float16: "fp16", torch.float32: "fp32"}
+BATCHES = {"cuda": (1, 8, 32), "cpu": (1,)}
+OURS = "fpn_kernels"
+QUICK = ("anchors", "final NMS", "NMS, 1000 boxes")
+TARGET_DEVICE, TARGET_STEP = "NVIDIA H200", "good"  # of the table in docs/kernels.md
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """A row of the results. Raises: AssertionError if a result is wrong."""
-    inputs = [case.make_inputs(number) for number in range(ROTATING if DEVICE.type == "cuda" else 2)]
+def list_cases(effort: Effort) -> list[Case]:
+    kind = effort.device.type
+    batches = BATCHES[kind] if effort.every or kind == "cpu" else BATCHES[kind][:2]
+    cases = all_cases(effort.device, batches, DTYPES[kind])
+    if effort.quick:
+        cases = [case for case in cases if case.name.startswith(QUICK)]
+    return [Case(what=name_case(case), measure=partial(measure, case=case)) for case in cases]
+
+
+def name_case(case: KernelCase) -> str:
+    return f"{case.name}, batch {case.batch}"
+
+
+def measure(effort: Effort, case: KernelCase) -> Iterator[Measured]:
+    """Raises: AssertionError if a result is wrong."""
+    kind = effort.device.type
+    inputs = [case.make_inputs(number) for number in range(ROTATING[kind])]
     error = check(case, inputs[0])
-    times = time_in_turns(case.contestants, inputs)
-    ours = times["fpn_kernels"]["median_us"]
+    times, turns = time_in_turns(case.contestants, inputs, rounds=effort.rounds, seconds=effort.seconds)
+    ours = times.spread(OURS).median
+    peaks = measure_peaks(kind, PRECISIONS[case.dtype], effort.quick)
+    floor = peaks.milliseconds(case.moved, case.flops)
     row = {
-        "what": case.name,
         "batch": case.batch,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "implementation": "Triton kernels" if DEVICE.type == "cuda" else "PyTorch references, no GPU here",
+        "precision": PRECISIONS[case.dtype],
+        "implementation": "Triton kernels" if kind == "cuda" else "PyTorch references, no GPU here",
         "largest_relative_error": float(f"{error:.2g}"),
-        "times": times,
-        "ratios": {name: round(ours / t["median_us"], 3) for name, t in times.items() if name != "fpn_kernels"},
+        "contestants": describe_times(times, turns),
+        "ratios": {name: times.ratio(OURS, name) for name in case.contestants if name != OURS},
         "bytes": case.moved,
-        "GB_per_s": round(case.moved / ours / 1e3, 1),
-        "targets_us": {name: round(target, 1) for name, target in case.targets.items()},
+        "GB_per_s": float(f"{case.moved / ours / 1e6:.4g}"),
+        "floor_ms": float(f"{floor:.4g}"),
+        "share_of_floor": float(f"{floor / ours:.3g}"),
+        "peaks": {PRECISIONS[case.dtype]: peaks.to_dict()},
+        "complete": True,
     }
     if case.flops:
-        row["TFLOP_per_s"] = round(case.flops / ours / 1e6, 2)
-    if DEVICE.type == "cuda":
-        row["floor_us"] = round(us(case.moved, case.flops), 1)
-    return row
+        row["TFLOP_per_s"] = float(f"{case.flops / ours / 1e9:.4g}")
+    yield Measured.of(row, times)
 
 
-def check(case: Case, inputs: tuple[Any, ...]) -> float:
+def check(case: KernelCase, inputs: tuple[object, ...]) -> float:
     """Largest error against any rival. Raises: AssertionError if it is too large, or ours not what is expected."""
-    ours = case.contestants["fpn_kernels"](*inputs)
+    ours = case.contestants[OURS](*inputs)
     if case.expected is not None:
         assert same(ours, case.expected(*inputs)), f"{case.name}: not what the reference gives"
-    errors = [case.compare(ours, rival(*inputs)) for name, rival in case.contestants.items() if name != "fpn_kernels"]
+    errors = [case.compare(ours, rival(*inputs)) for name, rival in case.contestants.items() if name != OURS]
     assert max(errors) <= case.tolerance, f"{case.name}: error {max(errors)}"
     return max(errors)
 
 
 def write_floor() -> str:
     """A Markdown table: what each op must move and compute at batch 1 in half precision, and how long that takes."""
+    good = {
+        target.what: f"{1e3 * target.at_most:.0f}"
+        for target in Targets.load_all().of[TARGET_DEVICE]
+        if target.suite == NAME and target.step == TARGET_STEP and target.at_most is not None
+    }
     lines = [
         "| op | MB | GFLOP | floor us | good us | launches |",
         "|---|---|---|---|---|---|",
     ]
     for case in all_cases(torch.device("cpu"), [1], torch.float16):
-        good = f"{case.targets['good']:.0f}" if case.targets else ""
         products = f"{case.flops / 1e9:.1f}" if case.flops else ""
-        floor = f"{us(case.moved, case.flops):.1f}"
-        lines.append(f"| {case.name} | {case.moved / 1e6:.2f} | {products} | {floor} | {good} | {case.launches} |")
+        floor, target = f"{us(case.moved, case.flops):.1f}", good.get(name_case(case), "")
+        lines.append(f"| {case.name} | {case.moved / 1e6:.2f} | {products} | {floor} | {target} | {case.launches} |")
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("case", all_cases(DEVICE, [1], DTYPE), ids=lambda case: case.name)
-def test_kernel(case: Case, benchmark: BenchmarkFixture) -> None:
-    inputs = case.make_inputs(0)
-    benchmark.extra_info["largest_relative_error"] = check(case, inputs)
-    benchmark.pedantic(case.contestants["fpn_kernels"], args=inputs, rounds=3, iterations=1, warmup_rounds=1)
+SUITE = Suite(name=NAME, summary="each op against torchvision and eager", list_cases=list_cases)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-o", "--output", type=Path)
-    what.add_argument("--floor", action="store_true", help="print the table of docs/kernels.md")
-    parser.add_argument("--minutes", type=float, default=60, help="no new row is begun after that many")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if DEVICE.type == "cuda" else [1])
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
-    given = parser.parse_args()
-    if given.floor:
-        print(write_floor())
-        return
-    if DEVICE.type == "cpu":
-        print("no GPU here: the PyTorch references are measured on the CPU", file=sys.stderr)
-    began = time.monotonic()
-    rows = json.loads(given.output.read_text()) if given.output.exists() else []
-    run = describe_run("python -m benchmarks.bench_kernels")
-    failed: list[str] = []
-    done = {(row["what"], row["batch"], row["dtype"], row["device"], row["commit"]) for row in rows}
-    for case in all_cases(DEVICE, given.batches, DTYPE):
-        key = (case.name, case.batch, str(case.dtype).removeprefix("torch."), run["device"], run["commit"])
-        if key in done or given.only not in case.name:
-            continue
-        if time.monotonic() - began > 60 * given.minutes:
-            print("out of time; the same command goes on", file=sys.stderr)
-            break
-        try:
-            row = {**measure(case), **run}
-        except Exception:  # of one op; the others can still be measured
-            traceback.print_exc()
-            failed.append(f"{case.name}, batch {case.batch}")
-            continue
-        rows.append(row)
-        temporary = given.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(temporary, given.output)
-        times = "  ".join(f"{name} {t['median_us']:.4g} us ({t['how']})" for name, t in row["times"].items())
-        print(f"{case.name}, batch {case.batch}: {times}", flush=True)
-    if failed:
-        sys.exit(f"failed: {'; '.join(failed)}")
+def test_kernels(case: Case, run_case: RunCase) -> None:
+    run_case(case)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--floor"]:
+        print(write_floor())
+    else:
+        sys.exit(run_suite(SUITE, sys.argv[1:]))

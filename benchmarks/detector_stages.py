@@ -1,24 +1,27 @@
-"""The stages of one detector, each on what the one before it made, beside the least time that an H200 needs."""
+"""The stages of one detector, each on what the one before it made."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.detectors import ROTATING, Scene
-from benchmarks.kernel_case import COPY_BANDWIDTH, MATMUL_RATE
-from benchmarks.timing import prepare, take_turns
+from benchmarks.roofline import POOLING, PREPROCESS, TRUNK
+from benchmarks.scene import ROTATING, Scene
+from benchmarks.timing import prepare
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
 from fpn_engine.pipeline import Pipeline, Proposals, Thresholds
+from fpn_engine.ruler import Times, Turn, take_turns
 from fpn_engine.runtime.packet import pack_result
-from fpn_export.onnx_cost import HEAD, count_detector
+from fpn_export.onnx_cost import HEAD
 from fpn_kernels import PackedImages, pack_images
 
 Maps = Sequence[Tensor]
+PROPOSALS, DETECTIONS = "proposals", "final selection and NMS"
+STAGES = (PREPROCESS, TRUNK, PROPOSALS, POOLING, HEAD, DETECTIONS)
+NETWORK = (TRUNK, HEAD)
 
 
 class Ending(Pipeline):
@@ -33,8 +36,10 @@ class Ending(Pipeline):
         return rois
 
 
-def measure_stages(scene: Scene, trunk: Trunk, head: BoxHead, rounds: int | None = None) -> dict[str, dict[str, Any]]:
-    """Times by stage: preprocess, trunk, proposals, RoIAlign, box head, final selection and NMS."""
+def time_stages(
+    scene: Scene, trunk: Trunk, head: BoxHead, rounds: int | None, seconds: float | None
+) -> tuple[Times, dict[str, Turn]]:
+    """The stages take turns: STAGES, in this order."""
     pipeline = Pipeline(scene.spec, trunk, head, scene.device)
     ending, thresholds = Ending(pipeline), Thresholds.of(scene.spec)
 
@@ -54,12 +59,12 @@ def measure_stages(scene: Scene, trunk: Trunk, head: BoxHead, rounds: int | None
         return pack_result(ending.classify(_as_output(*maps), Proposals(*found), image_sizes, thresholds))
 
     stages: dict[str, Callable[..., Any]] = {
-        "preprocess": preprocess,
-        "trunk": lambda images: _as_tuples(trunk(images)),
-        "proposals": propose,
-        "RoIAlign": pool,
-        "box head": lambda pooled: tuple(head(pooled)),
-        "final selection and NMS": finish,
+        PREPROCESS: preprocess,
+        TRUNK: lambda images: _as_tuples(trunk(images)),
+        PROPOSALS: propose,
+        POOLING: pool,
+        HEAD: lambda pooled: tuple(head(pooled)),
+        DETECTIONS: finish,
     }
     inputs: dict[str, list[list[Any]]] = {name: [] for name in stages}
     with torch.inference_mode():
@@ -67,37 +72,18 @@ def measure_stages(scene: Scene, trunk: Trunk, head: BoxHead, rounds: int | None
             packed = pack_images([torch.from_numpy(image) for image in scene.images[number]])
             image_sizes = torch.tensor([scene.size] * scene.batch).to(scene.device)
             given: list[Any] = [*(part.to(scene.device) for part in packed), image_sizes]
-            inputs["preprocess"].append(given)
-            inputs["trunk"].append([preprocess(*given)])
-            maps = stages["trunk"](*inputs["trunk"][-1])
-            inputs["proposals"].append([*maps, image_sizes])
-            found = propose(*inputs["proposals"][-1])
-            inputs["RoIAlign"].append([maps[0], _as_rois(found[0]), found[2]])
-            inputs["box head"].append([pool(*inputs["RoIAlign"][-1])])
-            answer = stages["box head"](*inputs["box head"][-1])
-            inputs["final selection and NMS"].append([maps, found, image_sizes, *answer])
+            inputs[PREPROCESS].append(given)
+            inputs[TRUNK].append([preprocess(*given)])
+            maps = stages[TRUNK](*inputs[TRUNK][-1])
+            inputs[PROPOSALS].append([*maps, image_sizes])
+            found = propose(*inputs[PROPOSALS][-1])
+            inputs[POOLING].append([maps[0], _as_rois(found[0]), found[2]])
+            inputs[HEAD].append([pool(*inputs[POOLING][-1])])
+            answer = stages[HEAD](*inputs[HEAD][-1])
+            inputs[DETECTIONS].append([maps, found, image_sizes, *answer])
         kind = scene.device.type
         turns = {name: prepare(stage, inputs[name], kind) for name, stage in stages.items()}
-        return take_turns(turns, kind, rounds=rounds)
-
-
-def count_floors(scene: Scene, itemsize: int) -> dict[str, float]:
-    """Microseconds on an H200: of the stages that move maps, and within the trunk as ``count_detector`` names them."""
-    costs = count_detector(scene.subject.onnx_model, scene.spec, scene.size, batch=scene.batch, itemsize=itemsize)
-    parts = {
-        name: 1e6 * sum(cost.floor_seconds(MATMUL_RATE, COPY_BANDWIDTH) for cost in listed)
-        for name, listed in costs.items()
-    }
-    spec, cells = scene.spec, math.prod(scene.size)
-    pooled = spec.rpn_post_nms_top_n_test * spec.box_roi_pool.output_size**2
-    mapped = sum(cells // 4**level for level in spec.roi_levels)
-    bytes_moved = {
-        "preprocess": 3 * cells * (1 + itemsize),
-        "RoIAlign": spec.feature_channels * (mapped + pooled) * itemsize,
-    }
-    floors = {name: 1e6 * scene.batch * moved / COPY_BANDWIDTH for name, moved in bytes_moved.items()}
-    floors["trunk"] = sum(spent for name, spent in parts.items() if name != HEAD)
-    return {name: round(spent, 2) for name, spent in (floors | parts).items()}
+        return take_turns(turns, kind, rounds=rounds, seconds=seconds), turns
 
 
 def _as_output(features: Maps, objectness: Maps, deltas: Maps) -> TrunkOutput:

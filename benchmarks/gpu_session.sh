@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu_session.sh OUT MINUTES [python]
 #
-# Needs no installation of this project. OUT gets at most eight files: environment.txt, a log of each group of tests and
-# of the benchmarks, and the benchmarks' JSON, which grows while they run. Nothing that fails keeps the rest from running;
+# Needs no installation of this project. OUT gets six files: environment.txt, a log of each group of tests and
+# of the benchmarks, and the benchmarks' rows, which grow while they run. Nothing that fails keeps the rest from running;
 # the exit code is 1 then. Set FPN_ENGINE_COMMIT where the files have no git history, SMOKE_SECONDS for other than 90.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 OUT MINUTES [python]" >&2; exit 2; }
@@ -59,7 +59,7 @@ done
 seconds=$(left)
 if [ "$seconds" -gt 30 ]; then
     minutes=$(awk -v seconds="$seconds" 'BEGIN { print (seconds - 20) / 60 }')
-    timeout -k 10 "$seconds" "$python" -m benchmarks --all -o "$out" --minutes "$minutes" \
+    timeout -k 10 "$seconds" "$python" -m benchmarks --all -o "$out/benchmarks.json" --minutes "$minutes" \
         > "$out/benchmarks.log" 2>&1 || failed+=("benchmarks: exit code $?")
     tail -n 60 "$out/benchmarks.log"
 else

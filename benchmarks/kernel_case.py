@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}  # of the largest magnitu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class KernelCase:
     """One op at one shape.
 
     Attributes:
@@ -29,7 +29,6 @@ class Case:
         expected: what ours must equal exactly, of the same arguments; None where it may round differently.
         moved: bytes read and written once. flops: multiply-adds times two.
         launches: on a GPU, of kernels and of fills, but for those of PyTorch's sort of more than 32,768 boxes.
-        targets: microseconds for batch 1 on an H200, where there is one.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Case:
     moved: int
     flops: int = 0
     launches: int
-    targets: Mapping[str, float] = field(default_factory=dict)
 
 
 def us(moved: int, flops: int = 0) -> float:

@@ -22,9 +22,8 @@ from benchmarks.kernel_case import (
     STAGES,
     TOLERANCE,
     TOP,
-    Case,
+    KernelCase,
     largest_error,
-    us,
 )
 from benchmarks.nms_cases import final_nms_case, plain_nms_case, rpn_nms_case
 from benchmarks.pooling_cases import roi_align_case, roi_pool_case
@@ -33,10 +32,8 @@ from fpn_kernels.decode import decode_proposals_reference
 from fpn_kernels.selection import select_topk_reference
 from tests.kernels.boxes import random_boxes, seeded
 
-MERGE_TARGETS = {"first": 0.7, "good": 0.85, "extreme": 0.95}  # of the copy bandwidth
 
-
-def all_cases(device: torch.device, batches: Sequence[int], dtype: torch.dtype) -> list[Case]:
+def all_cases(device: torch.device, batches: Sequence[int], dtype: torch.dtype) -> list[KernelCase]:
     """``dtype``: of the neural tensors."""
     cases = []
     for n in batches:
@@ -54,7 +51,7 @@ def all_cases(device: torch.device, batches: Sequence[int], dtype: torch.dtype) 
     return cases + [plain_nms_case(device, k) for k in (1_000, 10_000, 20_000, 100_000)]
 
 
-def preprocess_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
+def preprocess_case(device: torch.device, n: int, dtype: torch.dtype) -> KernelCase:
     height, width = 480, 730
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     image_sizes = torch.tensor([SIZE] * n, device=device)
@@ -71,7 +68,7 @@ def preprocess_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
         images = pixels.view(n, height, width, 3).permute(0, 3, 1, 2).float() / 255
         return F.interpolate((images - m) / s, size=SIZE, mode="bilinear", align_corners=False).to(dtype)
 
-    return Case(
+    return KernelCase(
         name="preprocess",
         batch=n,
         dtype=dtype,
@@ -84,7 +81,7 @@ def preprocess_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
     )
 
 
-def merge_cases(device: torch.device, n: int, dtype: torch.dtype) -> list[Case]:
+def merge_cases(device: torch.device, n: int, dtype: torch.dtype) -> list[KernelCase]:
     """The pure merge of P2, and laterals with merge of all levels."""
 
     def maps(number: int, channels: Sequence[int]) -> list[Tensor]:
@@ -116,7 +113,7 @@ def merge_cases(device: torch.device, n: int, dtype: torch.dtype) -> list[Case]:
     pure = CHANNELS * (2 * cells[0] + cells[1])
     fused = sum(a * (c + CHANNELS) for a, c in zip(cells, STAGES, strict=True)) + CHANNELS * sum(cells[1:])
     return [
-        Case(
+        KernelCase(
             name="merge P2",
             batch=n,
             dtype=dtype,
@@ -126,9 +123,8 @@ def merge_cases(device: torch.device, n: int, dtype: torch.dtype) -> list[Case]:
             tolerance=TOLERANCE[dtype],
             moved=n * pure * dtype.itemsize,
             launches=1,
-            targets={name: us(n * pure * dtype.itemsize) / share for name, share in MERGE_TARGETS.items()},
         ),
-        Case(
+        KernelCase(
             name="lateral + upsample + add, all levels",
             batch=n,
             dtype=dtype,
@@ -139,12 +135,11 @@ def merge_cases(device: torch.device, n: int, dtype: torch.dtype) -> list[Case]:
             moved=(n * fused + sum(w.numel() for w in weights)) * dtype.itemsize,
             flops=2 * n * CHANNELS * sum(a * c for a, c in zip(cells, STAGES, strict=True)),
             launches=len(STAGES),
-            targets={"good": 45, "extreme": 35} if n == 1 else {},
         ),
     ]
 
 
-def select_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
+def select_case(device: torch.device, n: int, dtype: torch.dtype) -> KernelCase:
     def inputs(number: int) -> tuple[Any, ...]:
         levels = [torch.randn(n, ANCHORS, h, w, generator=seeded(number)).to(device, dtype) for h, w in LEVELS]
         return ([level.to(memory_format=torch.channels_last) for level in levels],)
@@ -156,7 +151,7 @@ def select_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
         best = [level.permute(0, 2, 3, 1).flatten(1) for level in levels]
         return (torch.cat([flat.float().topk(min(TOP, flat.shape[1])).values for flat in best], dim=1),)
 
-    return Case(
+    return KernelCase(
         name="select",
         batch=n,
         dtype=dtype,
@@ -170,7 +165,7 @@ def select_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
     )
 
 
-def decode_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
+def decode_case(device: torch.device, n: int, dtype: torch.dtype) -> KernelCase:
     anchors = torch.stack([fpn_kernels.make_base_anchors((32 << i,), (0.5, 1.0, 2.0)) for i in range(5)]).to(device)
     given = (anchors, SIZE, torch.tensor([SIZE] * n, device=device))
 
@@ -190,7 +185,7 @@ def decode_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
     def eager(logits: Tensor, indices: Tensor, deltas: list[Tensor]) -> tuple[Tensor, ...]:
         return decode_proposals_reference(logits, indices, deltas, *given, TOP, 1e-3, 0.0)[:1]
 
-    return Case(
+    return KernelCase(
         name="anchors, decode, clip",
         batch=n,
         dtype=dtype,
@@ -203,7 +198,7 @@ def decode_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
     )
 
 
-def candidates_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
+def candidates_case(device: torch.device, n: int, dtype: torch.dtype) -> KernelCase:
     counts, image_sizes = torch.full((n,), TOP, device=device), torch.tensor([SIZE] * n, device=device)
     capacity = fpn_kernels.candidate_capacity(TOP, CLASSES + 1, 0.05)
 
@@ -223,7 +218,7 @@ def candidates_case(device: torch.device, n: int, dtype: torch.dtype) -> Case:
             logits, deltas, proposals, counts, image_sizes, 0.05, 1e-2, weights, capacity
         )[0]
 
-    return Case(
+    return KernelCase(
         name="softmax, threshold, decode, compact",
         batch=n,
         dtype=dtype,

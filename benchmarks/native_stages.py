@@ -1,29 +1,26 @@
 """Trunk and box head of the native backend on CUDA against PyTorch's own, and layer by layer against the floor.
 
-    python -m benchmarks.native_stages -o benchmarks/results/native_stages.json --minutes 8 [--tactics full]
-
 R50-FPN with random calibrated weights, 91 classes, 800x1216, fp16. What the parts answer is compared with PyTorch's
-before they are timed in turns. A row is saved as soon as it is there, and one that is in the file is not taken again;
-tactics that were measured are in the timing cache. The layers' times are the tuner's, each with cold caches.
+before they are timed in turns. Tactics that were measured are in the timing cache. The layers' times are the tuner's,
+each with cold caches. ``benchmarks.bench_stages`` runs this.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernel_case import us
-from benchmarks.provenance import describe_run
-from benchmarks.timing import time_in_turns
+from benchmarks.plans import build
+from benchmarks.scene import SIZE, Scene, make_scene
+from benchmarks.suite import Case, Effort, Measured
+from benchmarks.timing import Function, describe_times, time_in_turns
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cuda.choices import PART, Choices, TunedTactics
 from fpn_engine.backends.native.cuda.executor import CudaExecutor
@@ -33,18 +30,13 @@ from fpn_engine.backends.native.cuda.timing_cache import TimingCache
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.parts import NativeHead, NativeTrunk, unpack_part
 from fpn_engine.backends.native.program import Program
-from fpn_engine.plan import Plan, read_plan
-from fpn_engine.spec import ModelSpec, numbered_categories
-from fpn_export.build import build_plan
+from fpn_engine.plan import Plan
 from fpn_export.native.tactics import TuneFor
-from tests.parity.subject import Subject, random_subject
 
-SIZE = (800, 1216)
 ROIS = 1000
 ROTATING = 4  # sets of inputs
 ERROR = 0.03  # of the largest magnitude, of fp16 against fp16, which round at different places
-COMMAND = "python -m benchmarks.native_stages"
-Function = Callable[..., Any]
+TUNING_SECONDS = {"quick": 60.0, "full": 300.0}
 
 
 def floor_us(work: Work) -> float:
@@ -87,15 +79,6 @@ def compare(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(errors)
 
 
-def build(subject: Subject, tune_for: TuneFor, precision: str = "fp16") -> Plan:
-    """A plan for CUDA; what is measured stays in the timing cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        model, plan = Path(folder) / "model.onnx", Path(folder) / "model.plan"
-        model.write_bytes(subject.onnx_model.SerializeToString())
-        build_plan(model, plan, precision=precision, tune_for=tune_for, on_note=print)
-        return read_plan(plan)
-
-
 def load_as_tuned(plan: Plan) -> tuple[NativeTrunk, NativeHead]:
     """Trunk and head with what the build measured; to load the plan would be to measure what it left."""
     device = torch.device("cuda", torch.cuda.current_device())
@@ -109,87 +92,66 @@ def load_as_tuned(plan: Plan) -> tuple[NativeTrunk, NativeHead]:
     return trunk, NativeHead(*unpack_part("head", plan.parts), spec, make_executor=make)
 
 
-def make_rows(subject: Subject, batch: int, level: str, seconds: float, known: set[str]) -> Iterator[dict[str, Any]]:
-    """Trunk, head and layers for one batch size; those whose names are known are left out."""
-    names = {part: f"{part} batch {batch} {level}" for part in ("trunk", "head", "layers")}
-    if known >= set(names.values()):
-        return
+def make_case(batch: int) -> Case:
+    what = f"R50-FPN, {SIZE[0]}x{SIZE[1]}, batch {batch}, native fp16, layer by layer"
+    return Case(what=what, measure=partial(measure, batch=batch))
+
+
+def measure(effort: Effort, batch: int) -> Iterator[Measured]:
+    """Trunk and head in turns with PyTorch's, then the layers: the row grows."""
+    scene = make_scene("resnet50", batch, SIZE, effort.device)
     begin = time.perf_counter()
-    plan = build(subject, TuneFor(level=level, shapes=((batch, *SIZE),), seconds=seconds))
-    built = round(time.perf_counter() - begin, 1)
+    level = "full" if effort.every else "quick"
+    plan = build(
+        scene.subject, "fp16", "native", TuneFor(level=level, shapes=((batch, *SIZE),), seconds=TUNING_SECONDS[level])
+    )
+    row: dict[str, Any] = {"batch": batch, "tactics": level, "contestants": {}, "complete": False}
+    row["build_seconds"] = round(time.perf_counter() - begin, 1)
     trunk, head = load_as_tuned(plan)
-    device = torch.device("cuda")
-    model = copy.deepcopy(subject.model).to(device, torch.float16, memory_format=torch.channels_last).eval()
-
-    def flat(images: Tensor) -> list[Tensor]:
-        out = trunk(images)
-        return [*out.features, *out.objectness, *out.deltas]
-
-    def flat_torch(images: Tensor) -> list[Tensor]:
-        out = model.trunk(images)
-        return [*out.features, *out.objectness, *out.deltas]
-
-    spec = subject.spec
-    images = [torch.randn(batch, 3, *SIZE, device=device).half() for _ in range(ROTATING)]
-    side = spec.box_roi_pool.output_size
-    rois = [torch.randn(batch * ROIS, spec.feature_channels, side, side, device=device).half() for _ in range(ROTATING)]
-    rois = [roi.contiguous(memory_format=torch.channels_last) for roi in rois]
-    parts: dict[str, tuple[Function, Function, list[Tensor]]] = {
-        "trunk": (flat, flat_torch, images),
-        "head": (lambda roi: list(head(roi)), lambda roi: list(model.head(roi)), rois),
-    }
+    row["arena_bytes"] = trunk.executor.plan((batch, *SIZE, 3)).arena_bytes
+    spent: dict[str, Sequence[float]] = {}
     with torch.inference_mode():
-        for part, (ours, eager, inputs) in parts.items():
-            if names[part] in known:
-                continue
+        for part, (ours, eager, inputs) in list_parts(scene, trunk, head).items():
             error = compare(ours(inputs[0]), eager(inputs[0]))
-            contestants = {"native fp16": ours, "torch eager fp16": eager, "torch.compile fp16": torch.compile(eager)}
-            times = time_in_turns(contestants, [[x] for x in inputs])
-            best = times["native fp16"]["median_us"]
-            yield {
-                "what": names[part],
-                "largest_error": float(f"{error:.2g}"),
-                "times": times,
-                "ratios": {name: round(best / t["median_us"], 3) for name, t in times.items() if name != "native fp16"},
-                "arena_bytes": trunk.executor.plan((batch, *SIZE, 3)).arena_bytes,
-                "build_seconds": built,
-            }
-    works = find_work(plan.parts, spec, TunedTactics.read(plan.parts[PART]))
-    layers = describe_layers(works, TimingCache(Gpu.of_device(torch.device("cuda", torch.cuda.current_device()))))
-    yield {
-        "what": names["layers"],
-        "sum_us": round(sum(row["us"] for row in layers), 1),
-        "sum_floor_us": round(sum(row["floor_us"] for row in layers), 1),
-        "layers": layers,
+            functions = {"native fp16": ours, "torch eager fp16": eager, "torch.compile fp16": torch.compile(eager)}
+            named = {f"{part}, {name}": function for name, function in functions.items()}
+            times, turns = time_in_turns(named, [[x] for x in inputs], seconds=effort.seconds)
+            row["contestants"] |= describe_times(times, turns)
+            row[f"largest_error_of_{part}"] = float(f"{error:.2g}")
+            row.setdefault("ratios", {}).update({name: times.ratio(next(iter(named)), name) for name in named})
+            spent |= times.seconds
+            yield Measured(row)
+    works = find_work(plan.parts, scene.subject.spec, TunedTactics.read(plan.parts[PART]))
+    gpu = Gpu.of_device(torch.device("cuda", torch.cuda.current_device()))
+    layers = describe_layers(works, TimingCache(gpu))
+    row["sum_us"] = round(sum(layer["us"] for layer in layers), 1)
+    row["sum_floor_us"] = round(sum(layer["floor_us"] for layer in layers), 1)
+    yield Measured({**row, "layers": layers, "complete": True})
+
+
+def list_parts(
+    scene: Scene, trunk: NativeTrunk, head: NativeHead
+) -> dict[str, tuple[Function, Function, list[Tensor]]]:
+    """Ours, PyTorch's and inputs of each part, all in fp16 and channels_last."""
+    device, spec = scene.device, scene.subject.spec
+    model = copy.deepcopy(scene.subject.model).to(device, torch.float16, memory_format=torch.channels_last).eval()
+
+    def flat(run: Function) -> Function:
+        def call(images: Tensor) -> list[Tensor]:
+            out = run(images)
+            return [*out.features, *out.objectness, *out.deltas]
+
+        return call
+
+    images = [torch.randn(scene.batch, 3, *SIZE, device=device).half() for _ in range(ROTATING)]
+    side = spec.box_roi_pool.output_size
+    shape = (scene.batch * ROIS, spec.feature_channels, side, side)
+    rois = [torch.randn(shape, device=device).half() for _ in range(ROTATING)]
+    return {
+        "trunk": (flat(trunk), flat(model.trunk), images),
+        "head": (
+            lambda roi: list(head(roi)),
+            lambda roi: list(model.head(roi)),
+            [roi.contiguous(memory_format=torch.channels_last) for roi in rois],
+        ),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON, added to")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no further row is begun")
-    parser.add_argument("--tactics", choices=("quick", "full"), default="quick")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "there is no CUDA device here\n")
-    begin = time.perf_counter()
-    rows = json.loads(given.output.read_text()) if given.output.exists() else []
-    # As large as the COCO model; calibrated on small pictures, run at full size.
-    small = ModelSpec(categories=numbered_categories(90), min_size=160, max_size=256)
-    subject = random_subject("resnet50", small, representation_size=1024)
-    for batch in given.batches:
-        left = 60 * given.minutes - (time.perf_counter() - begin)
-        if left <= 0:
-            print(f"batch {batch} is left out: the time is up")
-            continue
-        for row in make_rows(subject, batch, given.tactics, left / 2, {row["what"] for row in rows}):
-            rows.append(row | describe_run(f"{COMMAND} --tactics {given.tactics}"))
-            given.output.write_text(json.dumps(rows, indent=1) + "\n")
-            print(json.dumps({key: value for key, value in row.items() if key != "layers"}), flush=True)
-            for layer in row.get("layers", []):
-                print(f"{layer['us']:8.1f} us, floor {layer['floor_us']:6.1f}: {layer['tactic']:44} {layer['layer']}")
-
-
-if __name__ == "__main__":
-    main()

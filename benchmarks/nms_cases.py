@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 import fpn_kernels
-from benchmarks.kernel_case import CLASSES, FILLED, SLOTS, TOP, Case
+from benchmarks.kernel_case import CLASSES, FILLED, SLOTS, TOP, KernelCase
 from fpn_kernels.nms import padded_nms_reference
 from tests.kernels.boxes import clustered_boxes, random_boxes, seeded
 
@@ -37,8 +37,7 @@ def nms_case(
     threshold: float,
     limit: int,
     slots: int,
-    targets: Mapping[str, float],
-) -> Case:
+) -> KernelCase:
     """``make``: boxes (N, K, 4), scores (N, K) and groups (N, K) of a round, K ``slots``."""
 
     def inputs(number: int) -> tuple[Any, ...]:
@@ -69,7 +68,7 @@ def nms_case(
     def exact(boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
         return padded_nms_reference(boxes.cpu(), scores.cpu(), groups.cpu(), threshold, limit)
 
-    return Case(
+    return KernelCase(
         name=name,
         batch=n,
         dtype=torch.float32,
@@ -80,11 +79,10 @@ def nms_case(
         expected=exact,
         moved=n * (28 * slots + 8 * limit),
         launches=2 + 3 * math.ceil(slots / CHUNK),
-        targets=targets,
     )
 
 
-def rpn_nms_case(device: torch.device, n: int) -> Case:
+def rpn_nms_case(device: torch.device, n: int) -> KernelCase:
     groups = torch.cat([torch.full((count,), level) for level, count in enumerate(SLOTS)])
     total = sum(SLOTS)
 
@@ -92,11 +90,10 @@ def rpn_nms_case(device: torch.device, n: int) -> Case:
         boxes = torch.stack([clustered_boxes(total, 300, seed=1000 * number + i) for i in range(n)])
         return boxes, torch.rand(n, total, generator=seeded(number)), groups.expand(n, -1).contiguous()
 
-    targets = {"first": 150, "good": 50, "extreme": 15} if n == 1 else {}
-    return nms_case(device, f"RPN NMS, {total} boxes in 5 levels", make, n, 0.7, TOP, total, targets)
+    return nms_case(device, f"RPN NMS, {total} boxes in 5 levels", make, n, 0.7, TOP, total)
 
 
-def final_nms_case(device: torch.device, n: int) -> Case:
+def final_nms_case(device: torch.device, n: int) -> KernelCase:
     """1000 proposals by 90 classes: 20 slots a proposal, a tenth of them filled."""
     capacity, filled = fpn_kernels.candidate_capacity(TOP, CLASSES + 1, 0.05), FILLED
 
@@ -109,14 +106,13 @@ def final_nms_case(device: torch.device, n: int) -> Case:
         labels[:, :filled] = torch.randint(1, CLASSES + 1, (n, filled), generator=seeded(number))
         return boxes, scores, labels
 
-    targets = {"first": 150, "good": 60, "extreme": 25} if n == 1 else {}
-    return nms_case(device, f"final NMS, {filled} of {capacity} slots", make, n, 0.5, 100, capacity, targets)
+    return nms_case(device, f"final NMS, {filled} of {capacity} slots", make, n, 0.5, 100, capacity)
 
 
-def plain_nms_case(device: torch.device, k: int) -> Case:
+def plain_nms_case(device: torch.device, k: int) -> KernelCase:
     def make(number: int) -> tuple[Tensor, Tensor, Tensor]:
         labels = torch.randint(80, (1, k), generator=seeded(number))
         boxes = torch.cat([clustered_boxes(k // 2, 200, seed=number), random_boxes(k - k // 2, seed=number)])
         return boxes[None], torch.rand(1, k, generator=seeded(number)), labels
 
-    return nms_case(device, f"NMS, {k} boxes in 80 classes", make, 1, 0.5, k, k, {})
+    return nms_case(device, f"NMS, {k} boxes in 80 classes", make, 1, 0.5, k, k)

@@ -1,28 +1,41 @@
-"""The ruler: how long an engine takes, and which of its stages take it."""
+"""The ruler: contestants take turns on rotating inputs; the middle of their times, and how far they spread.
+
+Shared machines drift. So all that is to be compared runs in every round, one after another, and two contestants are
+compared round by round. Caches are filled with something else before each turn.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from fpn_engine.engine import Engine
-from fpn_engine.files import replacing
-from fpn_engine.stages import STAGES, watching
+WARM_UP = {"cuda": 5, "cpu": 1}  # rounds that are not counted
+ROUNDS = {"cuda": 60, "cpu": 5}
+FEWEST = {"cuda": 10, "cpu": 5}  # rounds, however long they take
+# Bytes that are overwritten before each turn: several times an L2 cache, or about a processor's share of an L3. On a
+# GPU these are some 60 us in which the host can queue the events and the call, so that its share is not measured unless
+# the call waits for the device.
+FLUSHED = {"cuda": 256 << 20, "cpu": 32 << 20}
+WALL = "wall"
 
-WARM_UP = 3  # calls that are not counted: a graph is captured in the second
-FEWEST = 5  # rounds, however long they take
-WHOLE = "whole"
 
-Pixels = NDArray[np.uint8]
+class Turn(NamedTuple):
+    """How a contestant is timed, what puts the inputs of a round in place, and what is timed.
+
+    ``how``: "wall" is the host's clock; anything else is the device's, which on a CPU is the host's as well.
+    """
+
+    how: str
+    load: Callable[[int], None]
+    run: Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,92 +57,80 @@ class Spread:
         return {name: float(f"{value:.4g}") if name != "rounds" else value for name, value in asdict(self).items()}
 
 
-def time_engine(
-    engine: Engine, batches: Sequence[Sequence[Pixels]], *, rounds: int | None = None, seconds: float = 5.0
-) -> Spread:
-    """Time of a call, from images in host memory to detections there.
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of each contestant, round by round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def spread(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """The middle one of the rounds' ratios: what slows both down for a while does not move it."""
+        pairs = zip(self.seconds[name], self.seconds[other], strict=True)
+        return float(f"{statistics.median(mine / theirs for mine, theirs in pairs):.4g}")
+
+
+def take_turns(
+    turns: Mapping[str, Turn],
+    device: str,
+    *,
+    rounds: int | None = None,
+    seconds: float | None = None,
+    warm_up: int | None = None,
+) -> Times:
+    """Time all contestants in every round.
 
     Args:
-        batches: images of a call, (H, W, 3) uint8 each; the calls take turns with them.
-        rounds: calls; None makes as many as fit into ``seconds``, FEWEST at least.
+        turns: by name; those of a round are given the round's number.
+        device: "cuda" or "cpu".
+        rounds: that are counted; with ``seconds`` at most. None: ROUNDS, or with ``seconds`` as many as fit.
+        seconds: after which FEWEST rounds are enough.
+        warm_up: rounds that are not counted, None is WARM_UP.
     """
-    for number in range(WARM_UP * len(batches) if engine.device.type == "cuda" else 1):
-        engine(batches[number % len(batches)])
-    spent: list[float] = []
-    began = time.perf_counter()
-    while len(spent) < (rounds or FEWEST) or (rounds is None and time.perf_counter() - began < seconds):
-        images = batches[len(spent) % len(batches)]
-        start = time.perf_counter()
-        engine(images)
-        spent.append(time.perf_counter() - start)
-    return Spread.of(spent)
+    limit: float = rounds or (ROUNDS[device] if seconds is None else math.inf)
+    fewest = limit if seconds is None else min(limit, FEWEST[device])
+    spent: dict[str, list[float]] = {name: [] for name in turns}
+    skipped = WARM_UP[device] if warm_up is None else warm_up
+    for number in range(skipped):
+        for turn in turns.values():
+            _time(turn, number, device)
+    number, begin = skipped, time.perf_counter()
+    while number - skipped < limit and (
+        number - skipped < fewest or time.perf_counter() - begin < (math.inf if seconds is None else seconds)
+    ):
+        for name, turn in turns.items():
+            spent[name].append(_time(turn, number, device))
+        number += 1
+    return Times(spent)
 
 
-def time_stages(engine: Engine, images: Sequence[Pixels], rounds: int = FEWEST) -> dict[str, float]:
-    """Milliseconds of each stage of a call, and of the "whole" call; medians, in the order of the dataflow.
-
-    A stage's time is that of its work on the device; the rest of the whole is reading, copying, and on CUDA what the
-    host needs to launch operations one by one. ``engine`` has to run so, without graphs. Stages that the model does not
-    have are left out.
-    """
-    clock = _CudaClock() if engine.device.type == "cuda" else _CpuClock()
-    engine(images)
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        start = time.perf_counter()
-        with watching(clock.watch):
-            engine(images)
-        whole = 1e3 * (time.perf_counter() - start)
-        for name, spent in {**clock.take(), WHOLE: whole}.items():
-            found.setdefault(name, []).append(spent)
-    return {name: statistics.median(found[name]) for name in (*STAGES, WHOLE) if name in found}
-
-
-def write_trace(engine: Engine, images: Sequence[Pixels], path: Path) -> None:
-    """One call as a Chrome trace, for chrome://tracing or Perfetto, with the stages' names."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if engine.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    engine(images)
-    with torch.profiler.profile(activities=activities) as profiler, watching(torch.profiler.record_function):
-        engine(images)
-    with replacing(path) as temporary:
-        profiler.export_chrome_trace(str(temporary))
-
-
-class _CpuClock:
-    def __init__(self) -> None:
-        self._spent: dict[str, float] = {}
-
-    @contextmanager
-    def watch(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._spent[name] = self._spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
-
-    def take(self) -> dict[str, float]:
-        """Milliseconds since the last time."""
-        spent, self._spent = self._spent, {}
-        return spent
-
-
-class _CudaClock:
-    def __init__(self) -> None:
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def watch(self, name: str) -> Iterator[None]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        yield
-        end.record()
-        self._events.append((name, start, end))
-
-    def take(self) -> dict[str, float]:
-        """Milliseconds since the last time; waits for the device."""
+def _time(turn: Turn, number: int, device: str) -> float:
+    turn.load(number)
+    if device == "cuda":
         torch.cuda.synchronize()
-        spent: dict[str, float] = {}
-        for name, start, end in self._events:
-            spent[name] = spent.get(name, 0.0) + start.elapsed_time(end)
-        self._events.clear()
-        return spent
+        _flushed("cuda").zero_()
+        if turn.how != WALL:
+            return _time_on_cuda(turn.run)
+        torch.cuda.synchronize()
+    else:
+        _flushed("cpu").zero_()
+    start = time.perf_counter()
+    turn.run()
+    return time.perf_counter() - start
+
+
+def _time_on_cuda(run: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _flushed(device: str) -> torch.Tensor:
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.empty(FLUSHED[device], dtype=torch.uint8, device=device)

@@ -14,7 +14,7 @@ case "$*" in
   *tests/kernels*) exit 1 ;;
   *tests/engine/runtime*) exec sleep 60 ;;
   *benchmarks*) for word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done
-     touch "$out/kernels.json" "$out/native_stages.json" "$out/end_to_end.json" "$out/.x.json.1.tmp" ;;
+     touch "$out" "${out%/*}/.x.json.1.tmp" ;;
 esac
 """
 
@@ -34,15 +34,13 @@ def test_everything_has_its_turn(tmp_path: Path) -> None:
     failed = sorted(line for line in done.stderr.splitlines() if line.startswith("failed: tests"))
     assert failed == ["failed: tests of kernels: exit code 1", "failed: tests of runtime: exit code 124"]
     assert sorted(path.name for path in out.iterdir()) == [
+        "benchmarks.json",
         "benchmarks.log",
-        "end_to_end.json",
         "environment.txt",
-        "kernels.json",
-        "native_stages.json",
         "tests-kernels.log",
         "tests-native.log",
         "tests-runtime.log",
-    ], "at most eight files"
+    ]
     words = (out / "benchmarks.log").read_text().split()
     assert words[:3] == ["-m", "benchmarks", "--all"]
     assert 2.0 < float(words[-1]) < 3.0, "the minutes that are left"

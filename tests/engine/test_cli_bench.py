@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fpn_engine.engine import Engine
-from fpn_engine.ruler import WHOLE, Spread, time_engine, time_stages
+from fpn_engine.profiling import WHOLE, time_engine, time_stages
+from fpn_engine.ruler import Spread
 from fpn_engine.stages import STAGES, TRUNK, stage, watching
 from tests.engine.conftest import Run, Tiny, make_picture
 

@@ -19,7 +19,7 @@ from fpn_engine.errors import FpnEngineError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fpn_engine.ruler import Pixels
+    from fpn_engine.profiling import Pixels
 
 MOST_IMAGES = 16  # that are kept in memory
 MOST_ROUNDS = 1_000_000
@@ -61,8 +61,8 @@ def bench(
     from fpn_engine.engine import Engine, LoadOptions
     from fpn_engine.named import BUNDLED
     from fpn_engine.plan import read_plan
+    from fpn_engine.profiling import time_engine, time_stages, write_trace
     from fpn_engine.provenance import describe_machine
-    from fpn_engine.ruler import time_engine, time_stages, write_trace
 
     path = choose_plan(plan, model, default=BUNDLED)
     loaded = read_plan(path)
@@ -134,7 +134,7 @@ def _fill(pictures: Sequence[Pixels], batch: int) -> list[list[Pixels]]:
 def _tables(facts: dict[str, Any]) -> list[RenderableType]:
     from rich.table import Table
 
-    from fpn_engine.ruler import WHOLE
+    from fpn_engine.profiling import WHOLE
 
     times = facts["milliseconds"]
     head = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))

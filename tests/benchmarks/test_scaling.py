@@ -1,0 +1,47 @@
+"""Fitted exponents against hand-made points, and memory against tensors of known size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.scaling import fit_power, measure_peak
+
+XS = (1_000, 3_000, 10_000, 30_000, 100_000)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_points_on_a_power_law(exponent: float) -> None:
+    fit = fit_power(XS, [3e-4 * x**exponent for x in XS])
+    assert fit.exponent == pytest.approx(exponent)
+    assert fit.low == pytest.approx(fit.high) == pytest.approx(exponent)
+    assert fit.scale == pytest.approx(3e-4)
+
+
+def test_confidence_holds_what_it_says() -> None:
+    """In 95 of 100 draws the true exponent lies within."""
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        fit = fit_power(
+            XS, [x**1.2 * factor for x, factor in zip(XS, np.exp(generator.normal(0, 0.1, 5)), strict=True)]
+        )
+        inside += fit.low <= 1.2 <= fit.high
+    assert 0.93 < inside / 2000 < 0.97
+
+
+@pytest.mark.parametrize("xs", [(1.0, 2.0), (3.0, 3.0, 3.0)])
+def test_too_few_points(xs: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="three points"):
+        fit_power(xs, xs)
+
+
+@pytest.mark.parametrize("megabytes", [8, 64])
+def test_peak_memory(megabytes: int) -> None:
+    """A tensor and one as large beside it, of which one is given back."""
+    size = megabytes << 20
+    peak = measure_peak(lambda: torch.ones(size, dtype=torch.uint8) + 1, torch.device("cpu"))
+    if peak is None:
+        pytest.skip("only Linux tells a process's largest size")
+    assert 1.8 * size < peak < 2.5 * size + (8 << 20)
