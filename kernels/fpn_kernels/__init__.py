@@ -13,6 +13,7 @@ from fpn_kernels.roi_align import multilevel_roi_align, roi_align
 from fpn_kernels.roi_pool import multilevel_roi_pool, roi_pool
 from fpn_kernels.selection import select_topk, stable_topk
 from fpn_kernels.topdown import lateral_merge, topdown_merge
+from fpn_kernels.windows import gather_windows, window_linear
 
 __all__ = [
     "PackedImages",
@@ -22,6 +23,7 @@ __all__ = [
     "clip_boxes",
     "decode_boxes",
     "decode_proposals",
+    "gather_windows",
     "lateral_merge",
     "make_base_anchors",
     "multilevel_roi_align",
@@ -36,4 +38,5 @@ __all__ = [
     "select_topk",
     "stable_topk",
     "topdown_merge",
+    "window_linear",
 ]

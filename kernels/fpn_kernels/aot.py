@@ -38,6 +38,7 @@ MODULES = (
     "roi_pool",
     "selection",
     "topdown",
+    "windows",
 )
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fpn_kernels.triton import candidates, decode, nms, preprocess, roi_align, roi_pool, selection, topdown
+from fpn_kernels.triton import candidates, decode, nms, preprocess, roi_align, roi_pool, selection, topdown, windows
 
 ONE, SIZE = torch.ones(1, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)
 FORM = ((4.0,), 2, 4, 224.0)
@@ -65,6 +65,10 @@ def launch_all() -> None:
     roi_align.launch_multilevel_roi_align_backward(level, [1, 1, 1], roi, ONE, FORM[0], 0, False, *FORM[1:])
     roi_pool.launch_multilevel_roi_pool([level], roi, None, 1, *FORM)
     roi_pool.launch_multilevel_roi_pool_backward(level, [level], roi, ONE, *FORM)
+    place = SIZE.repeat(1, 2)
+    windows.launch_gather_windows([level], place, 1)
+    windows.launch_gather_windows_backward(level, [1, 1, 1], place)
+    windows.launch_window_linear([level], place, score, None, 1, False)
 
 
 if __name__ == "__main__":

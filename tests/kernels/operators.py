@@ -62,6 +62,14 @@ def roi_pool(features: Tensor, rois: Tensor) -> Tensor:
     return fpn_kernels.roi_pool(features, rois, 2, 0.25)
 
 
+def gather_windows(places: Tensor, *features: Tensor) -> Tensor:
+    return fpn_kernels.gather_windows(features, places, 3)
+
+
+def window_linear(places: Tensor, weight: Tensor, bias: Tensor, *features: Tensor) -> Tensor:
+    return fpn_kernels.window_linear(features, places, weight, bias, kernel=3, relu=True)
+
+
 FUNCTIONS = {
     "preprocess": preprocess,
     "topdown_merge": fpn_kernels.topdown_merge,
@@ -77,6 +85,8 @@ FUNCTIONS = {
     "multilevel_roi_pool": multilevel_roi_pool,
     "roi_pool": roi_pool,
     "select_candidates": fpn_kernels.select_candidates,
+    "gather_windows": gather_windows,
+    "window_linear": window_linear,
 }
 
 
@@ -96,6 +106,7 @@ def make_arguments(height: int = 26, width: int = 38, n: int = 2) -> dict[str, t
     features, rois = make_pyramid(n=n, c=5, levels=shapes[:4]), make_rois(5, n=n, size=padded_size, largest=200)
     counts = torch.arange(n) + 3
     c, weight, bias = (torch.randn(shape, generator=seeded()) for shape in ((n, 6, height, width), (5, 6), (5,)))
+    places = torch.stack([torch.arange(2 * n) % size for size in (n, len(features), 4, 5)], dim=1)
     return {
         "preprocess": (*packed, image_sizes, padded_size),
         "topdown_merge": (features[0], features[1]),
@@ -111,4 +122,6 @@ def make_arguments(height: int = 26, width: int = 38, n: int = 2) -> dict[str, t
         "multilevel_roi_pool": (rois, counts, *features),
         "roi_pool": (features[0], rois),
         "select_candidates": (*make_head(n, height, 4), counts, image_sizes),
+        "gather_windows": (places, *features),
+        "window_linear": (places, torch.randn(6, 45, generator=seeded()), weight[0], *features),
     }

@@ -17,7 +17,7 @@ from fpn_kernels import aot
 pytestmark = pytest.mark.timeout(3600)  # on a cold cache; the first test compiles everything
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-LAUNCHED = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown")
+LAUNCHED = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown", "windows")
 MODULES = {name: importlib.import_module(f"fpn_kernels.triton.{name}") for name in aot.MODULES}
 
 
@@ -64,10 +64,12 @@ def test_shared_memory_suffices(rows):
 
 def test_neural_kernels_use_wide_loads_and_tensor_cores(rows):
     neural = ("merge_kernel", "lateral_kernel", "roi_align_kernel", "roi_pool_kernel")
+    neural += ("gather_windows_kernel", "window_linear_kernel")
     rows = [row for row in rows if row["kernel"] in neural and not row["variant"].endswith("C=1")]
     assert {row["kernel"] for row in rows} == set(neural)
     assert [row for row in rows if row["wide_loads"] == 0] == []
-    half = [row for row in rows if row["kernel"] == "lateral_kernel" and not row["variant"].startswith("fp32")]
+    products = ("lateral_kernel", "window_linear_kernel")
+    half = [row for row in rows if row["kernel"] in products and not row["variant"].startswith("fp32")]
     assert half
     assert [row for row in half if row["tensor_core"] == 0] == []
 

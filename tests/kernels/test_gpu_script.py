@@ -9,7 +9,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "gpu.sh"
-KERNELS = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown")
+KERNELS = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown", "windows")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes the time of all that it runs")

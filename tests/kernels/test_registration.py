@@ -18,6 +18,7 @@ from tests.kernels.triton.device import DEVICE
 MODULES = [importlib.import_module(f"fpn_kernels.{m.name}") for m in pkgutil.iter_modules(fpn_kernels.__path__)]
 OPS = {value for module in MODULES for value in vars(module).values() if isinstance(value, Op)}
 NEURAL = {"topdown_merge", "lateral_merge", "multilevel_roi_align", "adaptive_roi_align", "roi_align"}
+NEURAL |= {"gather_windows", "window_linear"}
 NEURAL |= {"multilevel_roi_pool", "roi_pool"}  # differentiable, in all floating-point arguments but the RoIs
 
 

@@ -1,0 +1,105 @@
+"""The exported file on ONNX Runtime alone against PyTorch: the same places, scores, and pasted masks."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from fpn_engine.masks.paste import paste_masks
+from fpn_engine.masks.spec import MaskSpec
+from fpn_export.masks.onnx_export import MASK_SPEC_KEY, export_mask_onnx
+from fpn_export.masks.variants import make_variant
+from tests.export.masks.tiny import random_images, tiny_model, tiny_spec
+
+MASKS = 1000
+
+
+def open_session(model):
+    proto = export_mask_onnx(model)
+    return proto, onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def dual():
+    model = tiny_model(masks_per_img=MASKS)
+    return model, *open_session(model)
+
+
+def assert_alike(model, session, images):
+    names = ("regions", "scores", "masks", "status")
+    found = dict(zip(names, session.run(list(names), {"image": images.numpy()}), strict=True))
+    expected = model.pipeline(images)
+    for name in names:
+        assert found[name].dtype == getattr(expected, name).numpy().dtype
+    np.testing.assert_allclose(found["scores"], expected.scores.numpy(), atol=1e-5)
+    assert found["status"].tolist() == expected.status.tolist() == [0] * len(images)
+    for image in range(len(images)):
+        # Rounding may swap neighbours, and change which of equals is the last.
+        slots = {tuple(region): slot for slot, region in enumerate(found["regions"][image].tolist())}
+        own = [slots.get(tuple(region)) for region in expected.regions[image].tolist()]
+        lost = [slot for slot, place in enumerate(own) if place is None]
+        assert all(expected.scores[image, slot] < expected.scores[image, -1] + 1e-5 for slot in lost)
+        assert len(lost) <= 1
+        size = images.shape[2:]
+        there = [slot for slot in range(len(own)) if slot not in lost]
+        regions, masks = expected.regions[image, there], torch.from_numpy(found["masks"][image])
+        swapped = [own[slot] for slot in there]
+        ours, theirs = (paste_masks(part, regions, size) for part in (expected.masks[image, there], masks[swapped]))
+        union, both = (ours | theirs).sum(dim=(1, 2)), (ours & theirs).sum(dim=(1, 2))
+        assert union.count_nonzero() > len(union) / 2, "else there would be nothing to compare"
+        assert (both >= 0.99 * union).all()
+    return found
+
+
+@pytest.mark.parametrize(("n", "height", "width"), [(1, 160, 224), (3, 96, 64)])
+def test_gives_the_masks_of_pytorch(dual, n, height, width):
+    model, _, session = dual
+    found = assert_alike(model, session, random_images(n, height, width))
+    assert found["masks"].shape[1] == MASKS
+
+
+def test_fewer_locations_than_masks(dual):
+    model, _, session = dual
+    assert assert_alike(model, session, random_images(1, 32, 32))["scores"].shape == (1, 2 * 86)
+
+
+def test_one_head_may_win_everywhere(dual):
+    """The other's product then has no rows."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.mask_heads[1].score.bias += 100
+    assert_alike(model, open_session(model)[1], random_images(1, 64, 64))
+
+
+def test_one_head_and_larger_masks():
+    spec = make_variant(tiny_spec(), "dual-2x")
+    model = tiny_model(heads=spec.heads[1:], mask_size=28)
+    assert_alike(model, open_session(model)[1], random_images(1, 64, 96))
+
+
+def test_how_many_is_an_input_too(dual):
+    model, _, session = dual
+    images = random_images(1, 64, 64)
+    (masks,) = session.run(["masks"], {"image": images.numpy(), "masks_per_img": np.array([7])})
+    np.testing.assert_allclose(masks, model.pipeline(images, 7).masks.numpy(), atol=1e-4)
+
+
+def test_a_spoilt_image_is_told(dual):
+    _, _, session = dual
+    images = random_images(2, 64, 64)
+    images[1, 0, 3, 3] = torch.nan
+    assert session.run(["status"], {"image": images.numpy()})[0].tolist() == [0, 1]
+
+
+def test_the_file_is_plain_and_says_what_it_is(dual):
+    model, proto, _ = dual
+    props = {prop.key: prop.value for prop in proto.metadata_props}
+    assert MaskSpec.from_json(props[MASK_SPEC_KEY]) == model.spec
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert not {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
+    assert proto.ir_version == 10
+    weights = sum(
+        np.prod(tensor.dims) for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+    )
+    assert weights < 1.02 * sum(p.numel() for p in model.parameters()), "no weight is stored twice"
