@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,13 @@ from fpn_engine.errors import BackendError, DeviceMemoryError
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.runtime.captured import CapturedRunner
 
+StreamT = TypeVar("StreamT")
 # A capture begins by waiting for the whole device, and no other may be under way then; nor may memory be given back.
 _ONE_CAPTURE = threading.Lock()
+# As what a lack of memory is reported, also inside libraries: torch passes over cuDNN's kernels that have no room.
+_LACKS = ("out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
+_STREAMS = 32  # that torch hands out in turn
+_in_use: weakref.WeakSet[CudaTransport] = weakref.WeakSet()
 
 
 class CudaTransport:
@@ -22,9 +29,15 @@ class CudaTransport:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        with _explaining(device), torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()
-            self._uploads = torch.cuda.Stream()
+        with _explaining(device), torch.cuda.device(device), _ONE_CAPTURE:
+            taken = [stream for other in _in_use for stream in other.streams]
+            self.stream = find_free_stream(taken, torch.cuda.Stream)
+            self._uploads = find_free_stream([*taken, self.stream], torch.cuda.Stream)
+            _in_use.add(self)
+
+    @property
+    def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        return self.stream, self._uploads
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -61,6 +74,16 @@ class CudaTransport:
             torch.cuda.empty_cache()
 
 
+def find_free_stream(taken: Sequence[StreamT], make: Callable[[], StreamT]) -> StreamT:
+    """One that is not ``taken`` if there is one: what another thread gives to a stream is captured with it."""
+    stream = make()
+    for _ in range(_STREAMS - 1):
+        if stream not in taken:
+            break
+        stream = make()
+    return stream
+
+
 class CudaEvent:
     """All that was given to the current stream so far."""
 
@@ -77,7 +100,7 @@ class CudaEvent:
 class CudaCapture:
     """Records CUDA graphs from one memory pool; see :class:`fpn_engine.runtime.graphs.Capture`.
 
-    Memory is taken as the difference in what is free on the device, so that other programs blur ``nbytes``.
+    ``nbytes`` is what is less on the device afterwards beyond what torch took, so that other programs blur it.
     """
 
     def __init__(self, pipeline: Pipeline, transport: CudaTransport) -> None:
@@ -102,8 +125,18 @@ class CudaCapture:
                 output = run()
             taken = free - torch.cuda.mem_get_info()[0]
             grown = max(0, torch.cuda.memory_reserved() - reserved)
-        self.pool_bytes += grown
+        self.pool_bytes = self._measure_pool(grown)
         return CudaGraph(graph, stream, output, max(0, taken - grown), self._pipeline)
+
+    def _measure_pool(self, grown: int) -> int:
+        """The pool's size; where the allocator does not tell, by how much all of its memory has ``grown``.
+
+        That would count what other threads took meanwhile, and graphs would be given up for it.
+        """
+        if torch.cuda.get_allocator_backend() != "native":
+            return self.pool_bytes + grown
+        segments = torch.cuda.memory_snapshot()
+        return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] == self._pool)
 
 
 class CudaGraph:
@@ -154,7 +187,7 @@ def _explaining(device: torch.device) -> Iterator[None]:
         message = str(error)
         if _is_lack_of_memory(error):
             raise DeviceMemoryError(f"{device} has too little free memory for this") from error
-        if "CUDA error" in message or "[CUDA]" in message:
+        if any(kind in message for kind in ("CUDA error", "[CUDA]", "cuDNN error")):
             reason = message.splitlines()[0]
             raise BackendError(f"{device} stopped working ({reason}); start the program again") from error
         raise
@@ -163,7 +196,7 @@ def _explaining(device: torch.device) -> Iterator[None]:
 def _is_lack_of_memory(error: BaseException | None) -> bool:
     """Whether that is what happened first; a capture that it breaks off then fails with another error."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(lack in str(error) for lack in _LACKS):
             return True
         error = error.__context__
     return False

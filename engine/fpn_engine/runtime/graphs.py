@@ -119,6 +119,8 @@ class GraphCache(Generic[LineT]):
         self._renew()
 
     def _record(self, line: LineT) -> Captured:
+        if self._in_pool and not self.captured:
+            self._renew()  # torch refuses graphs to a pool that all have left, or whose last capture failed
         self._in_pool += 1
         return self._capture(line)
 

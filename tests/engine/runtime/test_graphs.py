@@ -125,6 +125,29 @@ def test_lines_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.cache.find(9) is None
 
 
+def test_a_pool_that_all_have_left_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes no graph into one."""
+    monkeypatch.setattr(graphs_module, "MAX_LINES", 1)
+    bench = Bench(growth=(50, 20))
+    for key in "aab":
+        bench.run(key)
+    assert (bench.capture.live, bench.capture.renewals, bench.cache.nbytes) == ([], 0, 50)
+    bench.run("b")
+    assert (bench.capture.renewals, bench.cache.nbytes) == (1, 21)
+
+
+def test_nor_one_whose_capture_failed() -> None:
+    bench = Bench()
+    bench.run("a")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(RecordingCapture, "__call__", lambda self, run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.run("a")
+    monkey.undo()
+    assert bench.run("a", 3) == 6
+    assert bench.capture.renewals == 1
+
+
 def test_a_capture_that_fails_leaves_the_line() -> None:
     bench = Bench()
     bench.run("a")

@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fpn_engine.backends.native.cpu import DTYPES
-from fpn_engine.backends.native.cuda.runs import make_tactic_run
+from fpn_engine.backends.native.cuda.runs import Weights, make_tactic_run
 from fpn_engine.backends.native.cuda.tactics import CUDNN_EPILOGUE, Tactic, candidates, choose
 from fpn_engine.backends.native.cuda.work import BIAS, WEIGHT, Work
 from fpn_engine.backends.native.ops import FLOAT32
@@ -54,7 +54,7 @@ def compile_work(tactic: Tactic, work: Work) -> None:
     given = {"x": torch.empty(work.x, dtype=dtype), WEIGHT: torch.zeros(work.weight, dtype=dtype)}
     given |= {BIAS: torch.zeros(work.out[-1], dtype=dtype)} if work.has_bias else {}
     given |= {"residual": torch.empty(work.residual_shape(), dtype=dtype)} if work.has_residual else {}
-    run = make_tactic_run(tactic, work.op(), work, given, H200.processors)
+    run = make_tactic_run(tactic, work.op(), work, Weights(given), H200.processors)
     run([given[name] for name in work.op().inputs], torch.empty(work.out, dtype=DTYPES[work.out_dtype]))
 
 

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES
+from fpn_engine.backends.native.cuda import executor as executor_module
 from fpn_engine.backends.native.cuda.choices import Choices
 from fpn_engine.backends.native.cuda.executor import CudaExecutor
 from fpn_engine.backends.native.cuda.gpu import Gpu
-from fpn_engine.backends.native.cuda.tactics import CUDNN_EPILOGUE, GEMM, IMPLICIT_GEMM, Tactic, choose, supports
+from fpn_engine.backends.native.cuda.tactics import (
+    CUBLAS,
+    CUDNN_EPILOGUE,
+    GEMM,
+    IMPLICIT_GEMM,
+    Tactic,
+    choose,
+    supports,
+)
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.executor import CpuExecutor
 from fpn_engine.backends.native.ops import (
@@ -206,6 +215,26 @@ def test_shapes_and_threads() -> None:
         assert_same(ours, reference(x), FLOAT32)
     with pytest.raises(ValueError, match="5 channels on a weight"):
         executor(torch.zeros(1, 8, 8, 5, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+def test_what_a_graph_reads_outlives_the_shape(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were filled up or cast for one shape are read by its graphs when the shape itself is forgotten."""
+    monkeypatch.setattr(executor_module, "MAX_PREPARED", 1)
+
+    class Libraries(Choices):
+        def pick(self, work: Work) -> Tactic:
+            return Tactic(CUDNN_EPILOGUE if work.is_convolution else CUBLAS)
+
+    executor = CudaExecutor(every_op(dtype), make_weights(dtype), Libraries(gpu()), DEVICE)
+    given = make_input(1).to(DEVICE, DTYPES[dtype])
+    executor(given)
+    made = {key: tensor.data_ptr() for key, tensor in executor._weights._made.items()}
+    assert made.keys() >= {("w", DTYPES[dtype], "filled"), ("h", torch.float32), ("f", torch.float32)}
+    executor(make_input(2).to(DEVICE))
+    assert len(executor._prepared) == 1
+    executor(given)
+    assert {key: tensor.data_ptr() for key, tensor in executor._weights._made.items()} == made
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES, make_exact_run
 from fpn_engine.backends.native.cpu_convolution import Run
+from fpn_engine.backends.native.cuda import tuning as tuning_module
 from fpn_engine.backends.native.cuda.tactics import CUDNN_EPILOGUE, CUDNN_FUSED, GEMM, Tactic, candidates
 from fpn_engine.backends.native.cuda.timing_cache import Timed, TimingCache
 from fpn_engine.backends.native.cuda.tuning import ROUNDS, TRIAL_ROUNDS, Tuner
@@ -125,6 +127,40 @@ def test_bfloat16_may_hide_nan() -> None:
     assert bench.tuner()([work]).timed[work.key].tactic == Tactic(CUDNN_FUSED)
 
 
+def test_what_gives_other_bits_each_time_is_left_out() -> None:
+    signs = itertools.cycle((1.0, 1.0 + 2.0**-10))
+    bench = Bench({CUDNN_FUSED: 1.0, CUDNN_EPILOGUE: 5.0})
+    bench.broken[CUDNN_FUSED] = lambda x: x * next(signs)
+    tuning = bench.tuner()([WORK])
+    assert tuning.timed[WORK.key].tactic == Tactic(CUDNN_EPILOGUE)
+    assert tuning.notes == [f"{WORK.key}: cudnn_fused gives other bits the second time"]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has one interface to TF32")
+def test_torchs_settings_are_neither_read_nor_changed() -> None:
+    """By its older interface that fails once the program has used the newer one."""
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            _ = torch.backends.cudnn.allow_tf32
+        assert Bench({}).tuner()([WORK]).measured == 1
+        assert settings.fp32_precision == "ieee"
+    finally:
+        settings.fp32_precision = before
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_float32_is_that_of_the_cpu(name: str) -> None:
+    work = SMALL[name]
+    given = tuning_module._make_inputs(work, CPU, seed=1)
+    inputs = [given[key] for key in work.op().inputs]
+    expected = make_exact_run(work.op(), given, torch.float32)(inputs, None)
+    torch.testing.assert_close(tuning_module._compute_float32(work, given), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_run_is_left_out() -> None:
     def refuse(x: Tensor) -> Tensor:
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
@@ -162,6 +198,14 @@ def test_another_gpu_or_version_is_measured_anew(what: str) -> None:
     assert cache.find(WORK.key, "quick") is None
     assert Bench({CUDNN_EPILOGUE: 1.0}).tuner(cache)([WORK]).measured == 1
     assert TimingCache(H200, VERSIONS).find(WORK.key, "quick") is not None
+
+
+def test_what_cudnn_measured_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fused kernels are other ones then."""
+    TimingCache(H200).add({WORK.key: Timed(Tactic(CUDNN_FUSED), 1.0, "full")})
+    assert TimingCache(H200).find(WORK.key, "quick") is not None
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    assert TimingCache(H200).find(WORK.key, "quick") is None
 
 
 def test_full_is_not_content_with_quick() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cpu_convolution import Run
 from fpn_engine.backends.native.cuda.choices import Choices
-from fpn_engine.backends.native.cuda.runs import make_only_run, make_tactic_run
+from fpn_engine.backends.native.cuda.runs import Weights, make_only_run, make_tactic_run
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.executor import MAX_PREPARED, count_bytes, find_last_reads
 from fpn_engine.backends.native.memory import MemoryPlan, plan_memory
@@ -65,7 +65,7 @@ class CudaExecutor:
         self.choices = choices
         self._device = device
         with torch.inference_mode():
-            self._weights = {name: tensor.to(device) for name, tensor in weights.items()}
+            self._weights = Weights({name: tensor.to(device) for name, tensor in weights.items()})
         self._shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         self._dtypes = program.dtypes()
         self._prepared: OrderedDict[Shape, _Prepared] = OrderedDict()

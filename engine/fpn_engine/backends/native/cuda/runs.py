@@ -1,12 +1,13 @@
 """The operations on CUDA: a function of inputs and output for each tactic, and for the operations that have but one.
 
 All tensors are on the device and stay there; nothing is read back, and nothing but a result and a workspace is
-allocated, so that a CUDA graph can be captured of it. cuDNN and cuBLAS are called with TF32 off: float32 is float32.
+allocated, so that a CUDA graph can be captured of it. cuDNN is called with TF32 off; products of float32 rows by cuBLAS
+follow torch's setting, which is off unless a program changes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,40 @@ from fpn_kernels.triton.convolution import launch_convolution
 from fpn_kernels.triton.epilogue import FUNCTIONS, clip_bounds, launch_finish
 from fpn_kernels.triton.max_pool import launch_max_pool
 
-Weights = Mapping[str, Tensor]
 CHANNELS = 8  # halves of which cuDNN's tensor-core kernels read at once; a stem of 3 is filled up with zeros
+
+
+class Weights(Mapping[str, Tensor]):
+    """The stored tensors of a program on its device, and what libraries want made of them, made once.
+
+    Captured graphs read both at the addresses that they had then, while functions for shapes come and go: what is made
+    stays as long as the program. Not to be used by two threads at once.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self._stored = dict(stored)
+        self._made: dict[Hashable, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def make(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gave for this key the first time."""
+        if key not in self._made:
+            self._made[key] = made = make()
+            if made.is_cuda:  # other streams will read it
+                torch.cuda.current_stream(made.device).synchronize()
+        return self._made[key]
+
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in a number type."""
+        return self.make((name, dtype), lambda: self[name].to(dtype))
 
 
 def make_tactic_run(tactic: Tactic, op: Conv | Linear, work: Work, weights: Weights, processors: int) -> Run:
@@ -79,9 +112,8 @@ def _make_triton(tactic: Tactic, op: Conv | Linear, weights: Weights, processors
 def _make_cudnn_epilogue(op: Conv, work: Work, weights: Weights) -> Run:
     """The convolution in the operands' number type, float32 if the result is wider; then all that follows in place."""
     dtype = DTYPES[work.out_dtype]
-    weight = weights[op.weight].to(dtype)
     bias = None if op.bias is None else weights[op.bias]
-    convolve = _make_convolution(op, weight)
+    convolve = make_convolution_alone(op, weights, dtype)
     follows = bias is not None or work.has_residual or op.activation != NONE
 
     def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
@@ -96,8 +128,8 @@ def _make_cudnn_epilogue(op: Conv, work: Work, weights: Weights) -> Run:
 
 
 def _make_cudnn_fused(op: Conv, work: Work, weights: Weights) -> Run:
-    weight = _channels_last(_fill_up(weights[op.weight], op.groups))
-    bias = weights[op.bias] if op.bias else torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    weight = _weight_for_cudnn(op, weights, DTYPES[work.dtype])
+    bias = weights[op.bias] if op.bias else weights.make((op.weight, "no bias"), lambda: weight.new_zeros(len(weight)))
     geometry = (list(op.stride), list(op.padding[:2]), list(op.dilation), op.groups)
 
     def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
@@ -111,10 +143,10 @@ def _make_cudnn_fused(op: Conv, work: Work, weights: Weights) -> Run:
     return run
 
 
-def _make_convolution(op: Conv, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """cuDNN's convolution alone, into the output."""
-    is_half = weight.dtype != torch.float32
-    weight = _channels_last(_fill_up(weight, op.groups) if is_half else weight)
+def make_convolution_alone(op: Conv, weights: Weights, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """cuDNN's convolution of maps of ``dtype`` into the output, without what follows; never in TF32."""
+    is_half = dtype != torch.float32
+    weight = _weight_for_cudnn(op, weights, dtype)
     whole = is_symmetric(op.padding)
     padding = list(op.padding[:2]) if whole else [0, 0]
 
@@ -135,8 +167,8 @@ def _make_convolution(op: Conv, weight: Tensor) -> Callable[[Tensor, Tensor], Te
 
 def _make_cublas(op: Linear, work: Work, weights: Weights) -> Run:
     dtype = DTYPES[work.out_dtype]
-    columns = weights[op.weight].to(dtype).t()
-    bias = None if op.bias is None else weights[op.bias].to(dtype)
+    columns = weights.cast(op.weight, dtype).t()
+    bias = None if op.bias is None else weights.cast(op.bias, dtype)
     has_relu = op.activation.kind == "relu" and dtype == torch.bfloat16  # cuBLAS makes 0 of NaN there
 
     def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
@@ -189,8 +221,11 @@ def _fill_up(x: Tensor, groups: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing and groups == 1 else x
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    """(O, kH, kW, C) as torch's (O, C, kH, kW), dense in channels_last order."""
+def _weight_for_cudnn(op: Conv, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """(O, kH, kW, C) as torch's (O, C, kH, kW), dense in channels_last order, halves filled up."""
+    weight = weights.cast(op.weight, dtype)
+    if dtype != torch.float32:
+        weight = weights.make((op.weight, dtype, "filled"), lambda: _fill_up(weight, op.groups))
     return nchw(weight.contiguous())
 
 

@@ -159,8 +159,9 @@ def choose(work: Work, gpu: Gpu) -> Tactic:
     """What to take unmeasured, a function of the work and the GPU alone.
 
     A product of halves goes to Triton where it saves a pass over memory, because what follows comes with it: 1x1
-    convolutions, and layers whose result is wider than their operands. cuDNN has the windows, by its fused kernel for
-    bfloat16 only: its ReLU makes 0 of NaN, which float16 comes to by overflow. cuBLAS has the rest of the rows.
+    convolutions, and layers whose result is wider than their operands. cuDNN has the windows. Its fused kernel is taken
+    for residuals in bfloat16 only: its ReLU makes 0 of NaN, which float16 comes to by overflow, and where there is no
+    residual torch gives it 0 times what lay in the output's memory, which may be NaN. cuBLAS has the rest of the rows.
     """
     wider = work.dtype != work.out_dtype
     if work.dtype != FLOAT32 and work.is_pointwise and (work.is_convolution or wider):
@@ -176,6 +177,6 @@ def choose(work: Work, gpu: Gpu) -> Tactic:
         split = max((s for s in (WHOLE, *SPLITS) if s <= min(missing * 1.5, most)), default=WHOLE)
         return Tactic(GEMM, shared.tile, split)
     fused = Tactic(CUDNN_FUSED)
-    if work.dtype == BFLOAT16 and supports(fused, work, gpu):
+    if work.dtype == BFLOAT16 and work.has_residual and supports(fused, work, gpu):
         return fused
     return Tactic(CUDNN_EPILOGUE if work.is_convolution else CUBLAS)

@@ -85,8 +85,14 @@ def _read_timed(key: str, tactic: str, microseconds: float, level: str) -> Timed
 
 
 def installed() -> dict[str, str]:
-    """Versions of the libraries whose speed is measured."""
+    """Versions of the libraries whose speed is measured, and how torch has cuDNN choose its fused kernels."""
     import triton
 
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {"torch": str(torch.__version__), "triton": str(triton.__version__), "cudnn": str(cudnn)}
+    chosen = "measured" if torch.backends.cudnn.benchmark else "by rule"
+    return {
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "cudnn": str(cudnn),
+        "cudnn_kernels": chosen,
+    }
