@@ -1,15 +1,14 @@
-"""Lowering: an ONNX graph of any convolutional network to the native backend's operations.
+"""Lowering: an ONNX graph to the native backend's operations, node by node.
 
 ONNX has maps as (N, C, H, W); here they are (N, H, W, C) throughout, and a transposition between the two is nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import ModelProto
 
 from fpn_engine.backends.native.ops import Op
 from fpn_engine.errors import ModelError
@@ -45,23 +44,15 @@ class Value:
         return self.layout == "nchw"
 
 
-def lower(model: ModelProto) -> Network:
-    """The network of an ONNX model of one float32 input, (N, C, H, W) or (R, F).
-
-    Every 4-dimensional output is (N, H, W, C), whatever its order in ONNX.
-    Raises: ModelError that names the operator which the native backend does not have, and the backend that has it.
-    """
-    return Lowering(Graph(model)).network()
-
-
 class Lowering:
     """A lowering under way; handlers read values, emit operations and bind the results' ONNX names.
 
+    Args: handlers: by operator.
     Attributes: graph: what is lowered. values: what its values have become so far.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, handlers: Mapping[str, Handler]) -> None:
+        self.graph, self._handlers = graph, handlers
         example = graph.example
         is_map = len(example) == 4
         if is_map:
@@ -71,14 +62,10 @@ class Lowering:
 
     def network(self) -> Network:
         """Lower every node that an output needs."""
-        from fpn_export.native.layers import LAYERS
-        from fpn_export.native.reshaping import RESHAPING
-
-        handlers = LAYERS | RESHAPING
         for node in self._needed():
-            if node.kind not in handlers:
+            if node.kind not in self._handlers:
                 raise self.refuse(node)
-            handlers[node.kind](self, node)
+            self._handlers[node.kind](self, node)
         for name in self.graph.outputs:
             value = self.values.get(name)
             if value is None or name == self.graph.input:

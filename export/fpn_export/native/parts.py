@@ -12,7 +12,7 @@ from fpn_engine.backends.native.parts import pack_part
 from fpn_engine.errors import ModelError
 from fpn_engine.spec import ModelSpec
 from fpn_export.native.fusion import fuse
-from fpn_export.native.lowering import lower
+from fpn_export.native.operators import lower
 from fpn_export.native.precision import in_bfloat16, in_float32, in_half
 
 
