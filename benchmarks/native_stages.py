@@ -28,7 +28,8 @@ from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.loading import find_work
 from fpn_engine.backends.native.cuda.timing_cache import TimingCache
 from fpn_engine.backends.native.cuda.work import Work
-from fpn_engine.backends.native.parts import NativeHead, NativeTrunk, unpack_part
+from fpn_engine.backends.native.packing import unpack_part
+from fpn_engine.backends.native.parts import NativeHead, NativeTrunk
 from fpn_engine.backends.native.program import Program
 from fpn_engine.plan import Plan
 from fpn_export.native.tactics import TuneFor

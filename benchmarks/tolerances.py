@@ -29,7 +29,8 @@ from fpn_engine.annotations import CocoGroundTruth, load_annotations
 from fpn_engine.backends.native.cpu_convolution import Run, has_bfloat16
 from fpn_engine.backends.native.executor import CpuExecutor
 from fpn_engine.backends.native.ops import Slice
-from fpn_engine.backends.native.parts import NativeHead, NativeTrunk, unpack_part
+from fpn_engine.backends.native.packing import unpack_part
+from fpn_engine.backends.native.parts import NativeHead, NativeTrunk
 from fpn_engine.backends.native.program import Program
 from fpn_engine.engine import Engine
 from fpn_engine.pipeline import Pipeline

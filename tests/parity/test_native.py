@@ -19,7 +19,7 @@ from fpn_engine.backends.native.cuda.choices import Choices
 from fpn_engine.backends.native.cuda.executor import CudaExecutor
 from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.executor import CpuExecutor
-from fpn_engine.backends.native.parts import unpack_part
+from fpn_engine.backends.native.packing import unpack_part
 from fpn_engine.detections import Detections
 from fpn_engine.engine import Engine
 from fpn_engine.plan import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT16
-from fpn_engine.backends.native.parts import pack_part
+from fpn_engine.backends.native.packing import pack_part
 from fpn_engine.errors import ModelError
 from fpn_engine.spec import ModelSpec
 from fpn_export.native.fusion import fuse

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fpn_engine.backends.native.parts import TACTICS
+from fpn_engine.backends.native.packing import TACTICS
 from fpn_engine.errors import BackendError
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from fpn_engine.backends.native import parts as parts_module
+from fpn_engine.backends.native import loading as loading_module
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
-from fpn_engine.backends.native.parts import part_names
+from fpn_engine.backends.native.packing import part_names
 from fpn_engine.engine import Engine
 from fpn_engine.errors import NonFiniteError, PlanError
 from fpn_engine.plan import Manifest, Plan, read_plan, rebuild_hint
@@ -83,7 +83,7 @@ def test_a_plan_for_something_else(native: Plan, change: dict[str, Any], message
 
 
 def test_a_processor_without_bfloat16(native: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(loading_module, "has_bfloat16", lambda: False)
     manifest = dataclasses.replace(native.manifest, precision="bf16")
     refuse(dataclasses.replace(native, manifest=manifest), "is for bf16, which this processor", "tiny.onnx --backend")
 

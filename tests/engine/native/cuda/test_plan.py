@@ -18,8 +18,9 @@ from fpn_engine.backends.native.cuda.tactics import CUDNN_EPILOGUE, Tactic
 from fpn_engine.backends.native.cuda.timing_cache import Timed
 from fpn_engine.backends.native.cuda.tuning import Tuning
 from fpn_engine.backends.native.cuda.work import Work
+from fpn_engine.backends.native.loading import load_native
 from fpn_engine.backends.native.ops import FLOAT16, FLOAT32, Cast
-from fpn_engine.backends.native.parts import TACTICS, load_native, unpack_part
+from fpn_engine.backends.native.packing import TACTICS, unpack_part
 from fpn_engine.engine import Engine
 from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.plan import Plan, read_plan

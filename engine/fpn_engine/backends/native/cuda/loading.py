@@ -15,7 +15,8 @@ from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.timing_cache import TimingCache
 from fpn_engine.backends.native.cuda.tuning import Tuner, Tuning
 from fpn_engine.backends.native.cuda.work import Work, collect_work
-from fpn_engine.backends.native.parts import TACTICS, MakeExecutor, unpack_part
+from fpn_engine.backends.native.packing import TACTICS, unpack_part
+from fpn_engine.backends.native.parts import MakeExecutor
 from fpn_engine.backends.native.program import Program
 from fpn_engine.plan import Plan
 from fpn_engine.spec import ModelSpec
