@@ -45,6 +45,7 @@ REPLIES: dict[str, dict[str, Any]] = {
         "ir": 13,
         "refused": None,
         "tensorrt": 10,
+        "cuda": None,
     },
     "tensorrt": {"version": "10.13.3.9", "library": "10.13.3"},
 }

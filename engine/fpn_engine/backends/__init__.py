@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # the light runner does without torch
+    from torch import Tensor
 
 
 class TrunkOutput(NamedTuple):
@@ -26,10 +27,11 @@ class TrunkOutput(NamedTuple):
 class Trunk(Protocol):
     """Bottom-up network, pyramid and RPN head: (N, 3, H, W) normalised and padded images to TrunkOutput.
 
-    Two attributes that a trunk, and the second a head, may have and need not:
+    Attributes that a trunk, and all but the first a head, may have and need not:
         input_dtype: what images should come as; without it float32.
         buffers: tensors on the device that it writes in every call and may exchange for others later, as for a larger
             batch. A captured graph keeps those of its time alive. Weights need not be among them.
+        captures: False where it cannot be recorded in a CUDA graph; the engine then runs operation by operation.
     A part with buffers serves one stream at a time.
     """
 

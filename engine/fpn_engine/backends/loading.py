@@ -11,7 +11,6 @@ from fpn_engine.errors import PlanError
 from fpn_engine.plan import Plan, rebuild_hint
 
 BACKENDS = ("onnxruntime", "native", "tensorrt")
-PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def load_parts(
@@ -31,6 +30,10 @@ def load_parts(
 
 def _load_parts(plan: Plan, threads: int | None) -> tuple[Trunk, BoxHead | None]:
     manifest = plan.manifest
+    if manifest.backend == "onnxruntime" and manifest.device == "cuda":
+        from fpn_engine.backends.ort_cuda import load_ort_cuda
+
+        return load_ort_cuda(plan, threads)
     if manifest.backend == "onnxruntime":
         from fpn_engine.backends.ort import load_ort
 

@@ -7,13 +7,13 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fpn_engine.cli.console import note, refuse_folder, steps
 from fpn_engine.cli.options import ModelOption
-from fpn_engine.cli.plans import ForCuda, plan_of_model
+from fpn_engine.cli.plans import ForCuda, checkpoint_of_model, plan_of_model
 
 
 class Backend(enum.StrEnum):
@@ -40,6 +40,13 @@ class Device(enum.StrEnum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Provider(enum.StrEnum):
+    """What ONNX Runtime runs on a GPU with."""
+
+    cuda = "cuda"
+    tensorrt = "tensorrt"
 
 
 class Tactics(enum.StrEnum):
@@ -72,8 +79,8 @@ def build(
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="Number type of trunk and head; fp32 by default, fp16 on CUDA. The native backend runs fp32, fp16 and "
-            "bf16; tensorrt all of them, int8 and fp8 of a quantised model.",
+            help="Number type of trunk and head; fp32 by default, fp16 on CUDA, int8 of a quantised model. The native "
+            "backend runs fp32, fp16 and bf16; onnxruntime fp32 and int8; tensorrt all of them.",
             show_default=False,
         ),
     ] = None,
@@ -92,6 +99,10 @@ def build(
     tuning_seconds: Annotated[
         float | None, typer.Option(min=0.0, help="On CUDA, begin to measure no further layer after this time.")
     ] = None,
+    provider: Annotated[
+        Provider | None,
+        typer.Option(help="With onnxruntime on CUDA, what runs it there; cuda by default.", show_default=False),
+    ] = None,
     max_batch: Annotated[
         int | None,
         typer.Option(min=1, help="With tensorrt, the most images at once, 8 by default.", show_default=False),
@@ -106,6 +117,10 @@ def build(
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="With tensorrt, for other versions of it too.")
     ] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Below fp32, compare with it on four images of this folder; else on a scene."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if the plan is up to date.")] = False,
 ) -> None:
     """Cut a model into trunk and box head, optimise both for this machine and write the plan.
@@ -113,35 +128,59 @@ def build(
     A plan that is up to date is left as it is. An interrupted build leaves the old plan or none.
     """
     from fpn_engine.discovery import remember_plan
+    from fpn_engine.plan import read_plan
 
     start = time.perf_counter()
     cuda: ForCuda | None
+    by_provider = backend is Backend.onnxruntime and device is Device.cuda
+    if provider and not by_provider:
+        raise typer.BadParameter("goes with --backend onnxruntime --device cuda", param_hint="--provider")
+    if (backend is Backend.tensorrt or by_provider) and (
+        target is not None or tactics is not Tactics.quick or tuning_seconds is not None
+    ):
+        message = "are of the native backend; the others compile on the GPU that is to run the plan"
+        raise typer.BadParameter(message, param_hint="--target, --tactics, --tuning-seconds")
+    if backend is not Backend.tensorrt and (
+        (max_batch and provider is not Provider.tensorrt)
+        or optimization_level is not None
+        or version_compatible
+        or hardware is not Hardware.none
+    ):
+        raise typer.BadParameter(
+            "goes with --backend tensorrt",
+            param_hint="--max-batch, --optimization-level, --hardware, --version-compatible",
+        )
     if backend is Backend.tensorrt:
-        if target is not None or tactics is not Tactics.quick or tuning_seconds is not None:
-            message = "are of the native backend; TensorRT builds on the GPU that is to run the plan"
-            raise typer.BadParameter(message, param_hint="--target, --tactics, --tuning-seconds")
         cuda = _engine_options(tune_for, max_batch, optimization_level, hardware, version_compatible)
+    elif by_provider:
+        cuda = _provider_options(provider or Provider.cuda, tune_for, max_batch)
     else:
-        if max_batch or optimization_level is not None or version_compatible or hardware is not Hardware.none:
-            raise typer.BadParameter(
-                "goes with --backend tensorrt",
-                param_hint="--max-batch, --optimization-level, --hardware, --version-compatible",
-            )
         cuda = _tuning(device, target, tactics, tune_for, tuning_seconds)
-    number_type = precision or (Precision.fp16 if cuda else Precision.fp32)
+    number_type = precision or (Precision.fp16 if cuda else None)
     if onnx is not None and model is None:
         path, what = _build_file(onnx, output or onnx.with_suffix(".plan"), backend, number_type, cuda, force)
     elif model is not None and onnx is None:
-        path, what = _build_named(model, output, backend, number_type, cuda, force)
+        path, what = _build_named(model, output, backend, number_type or Precision.fp32, cuda, force)
     else:
         raise typer.BadParameter("give an ONNX file or --model NAME, one of the two", param_hint="MODEL")
     remember_plan(path)
     size = f"{path.stat().st_size / 1e6:.1f} MB"
     if what:
         note(f"{path}: {what}, {size}, built in {time.perf_counter() - start:.1f} s")
+        if read_plan(path).manifest.precision != Precision.fp32:
+            _compare(onnx or checkpoint_of_model(str(model)), path, images)
     else:
         note(f"{path} is up to date ({size})")
     note("next: fpn-engine infer image.jpg")
+
+
+def _compare(model: Path, plan: Path, images: Path | None) -> None:
+    """Say how far a plan of lower precision is from its model."""
+    from fpn_export.verification.summary import summarize_build
+
+    with steps("comparing with fp32"):
+        line = summarize_build(model, plan, images)
+    note(line)
 
 
 def _tuning(
@@ -169,19 +208,37 @@ def _engine_options(
     hardware: Hardware,
     version_compatible: bool,
 ) -> ForCuda:
-    """How TensorRT is to build; the largest batch of ``shapes`` is the one to be fastest at."""
+    """How TensorRT is to build."""
     from fpn_export.tensorrt.builder import BuildOptions
-    from fpn_export.tensorrt.profiles import MOST_IMAGES, Batches
 
-    read = [_read_shape(shape) for shape in shapes or ()]
-    best = max([batch for batch, *_ in read], default=1)
+    batches, sizes = _shapes_to_compile(shapes, max_batch)
     return BuildOptions(
-        batches=Batches(best=best, most=max_batch or max(best, MOST_IMAGES)),
-        sizes=tuple(dict.fromkeys((height, width) for _, height, width in read)),
+        batches=batches,
+        sizes=sizes,
         optimization_level=3 if optimization_level is None else optimization_level,
         hardware=hardware.value,
         version_compatible=version_compatible,
     )
+
+
+def _provider_options(provider: Provider, shapes: list[str] | None, max_batch: int | None) -> ForCuda:
+    """What ONNX Runtime is to run with."""
+    from fpn_export.ort_cuda_parts import ProviderOptions
+
+    if shapes and provider is Provider.cuda:
+        raise typer.BadParameter("goes with --provider tensorrt; cuda takes any shape", param_hint="--tune-for")
+    batches, sizes = _shapes_to_compile(shapes, max_batch)
+    return ProviderOptions(provider=provider.value, batches=batches, sizes=sizes)
+
+
+def _shapes_to_compile(shapes: list[str] | None, max_batch: int | None) -> tuple[Any, tuple[tuple[int, int], ...]]:
+    """``Batches`` and sizes; the largest batch of ``shapes`` is the one to be fastest at."""
+    from fpn_export.tensorrt.profiles import MOST_IMAGES, Batches
+
+    read = [_read_shape(shape) for shape in shapes or ()]
+    best = max([batch for batch, *_ in read], default=1)
+    batches = Batches(best=best, most=max_batch or max(best, MOST_IMAGES))
+    return batches, tuple(dict.fromkeys((height, width) for _, height, width in read))
 
 
 def _read_shape(text: str) -> tuple[int, int, int]:
@@ -192,7 +249,7 @@ def _read_shape(text: str) -> tuple[int, int, int]:
 
 
 def _build_file(
-    onnx: Path, plan: Path, backend: str, precision: str, cuda: ForCuda | None, force: bool
+    onnx: Path, plan: Path, backend: str, precision: str | None, cuda: ForCuda | None, force: bool
 ) -> tuple[Path, str]:
     """The plan, and what it is if it was built."""
     from fpn_export.build import build_plan

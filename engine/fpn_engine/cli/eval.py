@@ -56,7 +56,7 @@ def evaluate(
     if save_proposals:
         check_suffix(save_proposals)
     truth = load_annotations(annotations)
-    files = _find_files(truth, images or find_images(annotations))
+    files = find_files(truth, images or find_images(annotations))
     engine = Engine.load(choose_plan(plan, model), batch_size=batch, threads=threads, device=device, buckets=bucket)
     given = open_proposals(engine.spec, proposals, truth.image_ids)
     if given:  # one that is missing shows before the long work
@@ -73,7 +73,8 @@ def evaluate(
         show(score.to_table())
 
 
-def _find_files(truth: CocoGroundTruth, folder: Path) -> dict[int, Path]:
+def find_files(truth: CocoGroundTruth, folder: Path) -> dict[int, Path]:
+    """The file of each annotated image by its id. Raises FpnEngineError if one is missing."""
     if not os.path.isdir(folder):
         raise FpnEngineError(f"there is no folder {folder}; --images names the folder of the annotated images")
     files = {image.id: folder / image.file_name for image in truth.images}

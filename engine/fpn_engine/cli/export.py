@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fpn_engine.cli.console import note, refuse_folder, steps
-from fpn_engine.cli.options import assignments
+from fpn_engine.cli.options import (
+    ClassesOption,
+    MaxSizeOption,
+    MinSizeOption,
+    NmsOption,
+    ScoreOption,
+    SetOption,
+    SpecOption,
+    gather_overrides,
+)
 from fpn_engine.errors import FpnEngineError
 
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A .pth, .pt or .safetensors file.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: beside it, as .onnx.")] = None,
-    spec: Annotated[
-        Path | None, typer.Option(help="JSON file with what the tensors do not say; default NAME.json beside NAME.pth.")
-    ] = None,
-    classes: Annotated[str | None, typer.Option(help="Class names in label order: cat,dog,bird.")] = None,
-    min_size: Annotated[int | None, typer.Option(help="Pixels of the short side after resizing.")] = None,
-    max_size: Annotated[int | None, typer.Option(help="Most pixels of the long side after resizing.")] = None,
-    score: Annotated[float | None, typer.Option(min=0, max=1, help="Lowest score to report.")] = None,
-    nms: Annotated[
-        float | None, typer.Option(min=0, max=1, help="IoU above which a box yields to a better one.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=JSON", help="Any other field of the spec; repeatable.")
-    ] = None,
+    spec: SpecOption = None,
+    classes: ClassesOption = None,
+    min_size: MinSizeOption = None,
+    max_size: MaxSizeOption = None,
+    score: ScoreOption = None,
+    nms: NmsOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Turn a trained PyTorch checkpoint into one ONNX file that any ONNX Runtime runs by itself.
 
     Architecture, width and number of classes are read from the tensors. What they do not say comes from these options,
     then from NAME.json beside NAME.pth, then from torchvision's defaults; what was assumed is printed.
     """
-    overrides: dict[str, Any] = {
-        "min_size": min_size,
-        "max_size": max_size,
-        "box_score_thresh": score,
-        "box_nms_thresh": nms,
-        "categories": _categories(classes),
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not None} | assignments(set_ or [])
+    overrides = gather_overrides(classes, min_size, max_size, score, nms, set_)
 
     import onnx
 
@@ -70,12 +66,3 @@ def export(
         f"{target.stat().st_size / 1e6:.1f} MB"
     )
     note(f"next: fpn-engine build {target}")
-
-
-def _categories(names: str | None) -> list[dict[str, Any]] | None:
-    if names is None:
-        return None
-    listed = [name.strip() for name in names.split(",")]
-    if "" in listed or len(set(listed)) < len(listed):
-        raise typer.BadParameter(f"{names!r} has an empty name or one twice", param_hint="--classes")
-    return [{"id": number, "name": name} for number, name in enumerate(listed, start=1)]

@@ -44,6 +44,65 @@ BucketOption = Annotated[
     ),
 ]
 
+UNSAID = "What a checkpoint does not say"
+SpecOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--spec",
+        help="JSON file with what the tensors do not say; default NAME.json beside NAME.pth.",
+        rich_help_panel=UNSAID,
+    ),
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option("--classes", help="Class names in label order: cat,dog,bird.", rich_help_panel=UNSAID),
+]
+MinSizeOption = Annotated[
+    int | None, typer.Option("--min-size", help="Pixels of the short side after resizing.", rich_help_panel=UNSAID)
+]
+MaxSizeOption = Annotated[
+    int | None, typer.Option("--max-size", help="Most pixels of the long side after resizing.", rich_help_panel=UNSAID)
+]
+ScoreOption = Annotated[
+    float | None, typer.Option("--score", min=0, max=1, help="Lowest score to report.", rich_help_panel=UNSAID)
+]
+NmsOption = Annotated[
+    float | None,
+    typer.Option("--nms", min=0, max=1, help="IoU above which a box yields to a better one.", rich_help_panel=UNSAID),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=JSON", help="Any other field of the spec; repeatable.", rich_help_panel=UNSAID),
+]
+
+
+def gather_overrides(
+    classes: str | None,
+    min_size: int | None,
+    max_size: int | None,
+    score: float | None,
+    nms: float | None,
+    assigned: list[str] | None,
+) -> dict[str, Any]:
+    """What these options say of the spec, as JSON values."""
+    said = {
+        "min_size": min_size,
+        "max_size": max_size,
+        "box_score_thresh": score,
+        "box_nms_thresh": nms,
+        "categories": _categories(classes),
+    }
+    return {name: value for name, value in said.items() if value is not None} | assignments(assigned or [])
+
+
+def _categories(names: str | None) -> list[dict[str, Any]] | None:
+    if names is None:
+        return None
+    listed = [name.strip() for name in names.split(",")]
+    if "" in listed or len(set(listed)) < len(listed):
+        raise typer.BadParameter(f"{names!r} has an empty name or one twice", param_hint="--classes")
+    return [{"id": number, "name": name} for number, name in enumerate(listed, start=1)]
+
 
 def assignments(given: list[str], option: str = "--set") -> dict[str, Any]:
     """KEY=JSON assignments as a mapping; what is not JSON is text."""

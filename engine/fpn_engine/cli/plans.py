@@ -74,6 +74,15 @@ def plan_of_model(
         )
 
 
+def checkpoint_of_model(name: str) -> Path:
+    """The checkpoint of a named model; downloaded if it is not here."""
+    from fpn_engine.named import find_model
+    from fpn_export.bundled import CHECKPOINT
+
+    model = find_model(name)
+    return _fetch(model) if model.file_name else CHECKPOINT
+
+
 def _fetch(model: NamedModel) -> Path:
     """The checkpoint of a published model, downloaded if it is not here."""
     from fpn_engine.download import download, has_digest

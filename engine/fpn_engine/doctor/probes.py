@@ -71,7 +71,10 @@ def probe_torchvision() -> dict[str, Any]:
 
 
 def probe_onnxruntime() -> dict[str, Any]:
-    """``providers``; ``refused``, why it does not load what onnx writes by default; ``tensorrt``, its major version."""
+    """``providers``; ``refused``, why it does not load what onnx writes by default; ``tensorrt``, its major version.
+
+    ``cuda`` is why the library of its CUDA provider cannot be loaded, None if it can or is not there.
+    """
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper
@@ -91,6 +94,7 @@ def probe_onnxruntime() -> dict[str, Any]:
         "ir": onnx.IR_VERSION,
         "refused": refused,
         "tensorrt": _linked_tensorrt(Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"),
+        "cuda": _why_not_loaded(ort, "libonnxruntime_providers_cuda.so"),
     }
 
 
@@ -152,6 +156,21 @@ def _library(name: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(name)
     except OSError:
         return None
+
+
+def _why_not_loaded(ort: Any, name: str) -> str | None:
+    """What the loader says, with the libraries of pip's packages there as the engine has them."""
+    folder = Path(ort.__file__).parent / "capi"
+    if not (folder / name).exists():
+        return None
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        return _first_line(str(error)).rpartition("/")[2]
+    return None
 
 
 def _linked_tensorrt(library: Path) -> int | None:

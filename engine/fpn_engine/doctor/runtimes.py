@@ -32,6 +32,9 @@ def examine_onnxruntime(machine: Machine, probes: Mapping[str, Reply]) -> Iterat
         message = f"{package} {version} has no CUDA provider, so the onnxruntime backend leaves the GPU idle"
         remedy = f"pip uninstall -y {package} && pip install onnxruntime-gpu"
         yield Finding("note", "onnxruntime", message, remedy)
+    elif probes["torch"].values.get("devices") and (reason := reply.values.get("cuda")):
+        message = f"{package} {version} cannot load its CUDA provider and runs nothing on the GPU: {reason}"
+        yield Finding("note", "onnxruntime", message, f"pip install '{package}[cuda,cudnn]'")
     if reply.values["refused"]:
         yield Finding(
             "note",

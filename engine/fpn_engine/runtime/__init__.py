@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.runtime.lanes import Lanes
-from fpn_engine.runtime.runner import EagerRunner, Runner
+from fpn_engine.runtime.runner import EagerRunner
+from fpn_engine.tasks import Runner
 
 
 def make_runner(
@@ -14,10 +15,14 @@ def make_runner(
 ) -> Runner:
     """What runs groups of images on the pipelines' device: at once on the CPU, captured on CUDA.
 
+    A part whose ``captures`` is False runs operation by operation on CUDA too: those of ONNX Runtime take memory and
+    free it as they run, by an allocator that knows no capture.
+
     Args: see :class:`fpn_engine.engine.Engine`.
     """
     runners: list[Runner]
-    if graphs and pipelines[0].device.type == "cuda":
+    parts = (pipelines[0].trunk, pipelines[0].head)
+    if graphs and pipelines[0].device.type == "cuda" and all(getattr(part, "captures", True) for part in parts):
         from fpn_engine.runtime.cuda import make_cuda_runner
 
         number = len(pipelines)
