@@ -23,7 +23,7 @@ def cut_trunk(model: ModelProto, spec: ModelSpec) -> ModelProto:
         names += spec.level_names[: spec.levels.index(spec.roi_levels[-1]) + 1]
     if spec.has_rpn:
         names += [f"{kind}_{level}" for kind in ("objectness", "deltas") for level in spec.level_names]
-    trunk = _extract(model, ["image"], names)
+    trunk = extract(model, ["image"], names)
     shapes = {output.name: output.type.tensor_type for output in trunk.graph.output}
     del trunk.graph.output[:]
     for name in names:
@@ -40,7 +40,7 @@ def cut_head(model: ModelProto, spec: ModelSpec) -> ModelProto:
     Where the first layer is a Gemm on the flattened features, its weight's columns are put in that order, once;
     any other head gets a transpose in front.
     """
-    head = _extract(model, ["roi_features"], ["class_logits", "box_deltas"])
+    head = extract(model, ["roi_features"], ["class_logits", "box_deltas"])
     size, channels = spec.box_roi_pool.output_size, spec.feature_channels
     rows = tensor_info("roi_rows", TensorProto.FLOAT, ("rois", size * size * channels))
     if not _permute_first_gemm(head, channels, size):
@@ -50,7 +50,8 @@ def cut_head(model: ModelProto, spec: ModelSpec) -> ModelProto:
     return head
 
 
-def _extract(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProto:
+def extract(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProto:
+    """What leads from the tensors ``inputs`` to ``outputs``. Raises ModelError if one is not there."""
     produced = {name for node in model.graph.node for name in node.output} | {v.name for v in model.graph.input}
     for name in inputs + outputs:
         if name not in produced:
@@ -63,11 +64,24 @@ def _permute_first_gemm(head: ModelProto, channels: int, size: int) -> bool:
     if len(users) != 1 or users[0].op_type not in ("Flatten", "Reshape"):
         return False
     flatten = users[0]
-    gemms = [node for node in head.graph.node if flatten.output[0] in node.input]
-    weights = {tensor.name: tensor for tensor in head.graph.initializer}
-    if len(gemms) != 1 or gemms[0].op_type != "Gemm" or gemms[0].input[1] not in weights:
+    readers = [node for node in head.graph.node if flatten.output[0] in node.input]
+    if len(readers) != 1:
         return False
-    gemm, weight = gemms[0], weights[gemms[0].input[1]]
+    gemm = reader = readers[0]
+    while gemm.op_type in ("QuantizeLinear", "DequantizeLinear"):  # of a quantised head
+        following = [node for node in head.graph.node if gemm.output[0] in node.input]
+        if len(following) != 1:
+            return False
+        gemm = following[0]
+    weights = {tensor.name: tensor for tensor in head.graph.initializer}
+    makers = {name: node for node in head.graph.node for name in node.output}
+    if gemm.op_type != "Gemm":
+        return False
+    maker = makers.get(gemm.input[1])
+    stored = maker.input[0] if maker is not None and maker.op_type == "DequantizeLinear" else gemm.input[1]
+    if stored not in weights:
+        return False
+    weight = weights[stored]
     transposed = any(a.name == "transB" and a.i == 1 for a in gemm.attribute)
     array = numpy_helper.to_array(weight)
     if not transposed or array.shape[1] != channels * size * size:
@@ -75,7 +89,7 @@ def _permute_first_gemm(head: ModelProto, channels: int, size: int) -> bool:
     nhwc = array.reshape(-1, channels, size, size).transpose(0, 2, 3, 1).reshape(array.shape)
     weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(nhwc), weight.name))
     head.graph.node.remove(flatten)
-    gemm.input[0] = "roi_rows"
+    reader.input[0] = "roi_rows"
     return True
 
 

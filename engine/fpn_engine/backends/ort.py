@@ -1,18 +1,24 @@
-"""ONNX Runtime: the two neural parts as two sessions, NHWC at the seam so that nothing is copied between them."""
+"""ONNX Runtime: the two neural parts as two sessions, NHWC at the seam so that nothing is copied between them.
+
+A plan also holds the joints, which make the whole detector of the two: see :mod:`fpn_engine.light`, for whose sake
+torch is imported only where it is needed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fpn_engine.backends import TrunkOutput
 from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.plan import Manifest, Plan, rebuild_hint
 from fpn_engine.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TRUNK, HEAD = "trunk.onnx", "head.onnx"
+ROIS, DETECTIONS = "rois.onnx", "detections.onnx"  # the joints; see fpn_export.onnx_joints
 PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3  # ONNX Runtime's log level; its warnings are about its own optimiser
 
@@ -47,12 +53,19 @@ def open_session(model: bytes, threads: int | None = None) -> Any:
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the model: {error}") from None
 
 
-def _run(session: Any, name: str, value: Tensor) -> list[Tensor]:
+def run_session(session: Any, values: Mapping[str, Any]) -> list[Any]:
+    """The outputs of a session for arrays by name. Raises BackendError if ONNX Runtime fails."""
     try:
-        outputs = session.run(None, {name: value.contiguous().numpy()})
+        outputs: list[Any] = session.run(None, values)
     except Exception as error:
         raise BackendError(f"ONNX Runtime failed while running the model: {error}") from None
-    return [torch.from_numpy(output) for output in outputs]
+    return outputs
+
+
+def _run(session: Any, name: str, value: Tensor) -> list[Tensor]:
+    import torch
+
+    return [torch.from_numpy(output) for output in run_session(session, {name: value.contiguous().numpy()})]
 
 
 class OrtTrunk:
@@ -80,6 +93,11 @@ class OrtHead:
         return class_logits, box_deltas
 
 
+def part_names(spec: ModelSpec) -> list[str]:
+    """The parts of a plan in the order in which they run."""
+    return [TRUNK, ROIS, HEAD, DETECTIONS] if spec.has_box_head else [TRUNK, DETECTIONS]
+
+
 def check_ort(manifest: Manifest) -> None:
     """Raise PlanError, naming the field, if an ONNX Runtime plan does not fit what is here.
 
@@ -88,14 +106,14 @@ def check_ort(manifest: Manifest) -> None:
     installed = runtime_version()
     built = manifest.versions.get("onnxruntime", "none")
     rebuild = rebuild_hint(manifest)
-    if manifest.precision != "fp32" or manifest.device != "cpu":
+    if manifest.precision not in ("fp32", "int8") or manifest.device != "cpu":
         kind = f"{manifest.backend} {manifest.precision} on {manifest.device}"
         raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild}")
     if built.split(".")[:2] != installed.split(".")[:2]:
         raise PlanError(f"the plan was built with onnxruntime {built}, installed is {installed}; {rebuild}")
-    needed = [HEAD, TRUNK] if manifest.spec.has_box_head else [TRUNK]
-    if sorted(manifest.parts) != needed:
-        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {' and '.join(needed)}; {rebuild}")
+    needed = part_names(manifest.spec)
+    if sorted(manifest.parts) != sorted(needed):
+        raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {' and '.join(sorted(needed))}; {rebuild}")
 
 
 def load_ort(plan: Plan, threads: int | None = None) -> tuple[OrtTrunk, OrtHead | None]:

@@ -15,6 +15,26 @@ def is_quantized(model: ModelProto) -> bool:
     return any(node.op_type in (QUANTIZE, DEQUANTIZE) for node in model.graph.node)
 
 
+def quantized_precision(model: ModelProto) -> str | None:
+    """What the first pair of a model quantises to: "int8", "fp8", the name of another type, or None without pairs."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    precisions = {int(kind): name for name, kind in QUANTIZED_TYPES.items()}
+    for node in model.graph.node:
+        if node.op_type == QUANTIZE:
+            zero = weights.get(node.input[2]) if len(node.input) > 2 else None
+            kind = int(zero.data_type if zero is not None else TensorProto.UINT8)  # ONNX's default
+            return precisions.get(kind) or TensorProto.DataType.Name(kind).lower()
+    return None
+
+
+def not_quantized(precision: str) -> str:
+    """What to say of a float model that is to be built in ``precision``."""
+    return (
+        f"the model is not quantised, which --precision {precision} needs; "
+        "quantise it first with: fpn-engine quantize model.onnx --images DIR"
+    )
+
+
 def check_quantized(network: ModelProto, precision: str) -> ModelProto:
     """A copy with only ``precision`` and float32 in it; a bias kept as int32 is float32 again.
 
@@ -23,10 +43,7 @@ def check_quantized(network: ModelProto, precision: str) -> ModelProto:
     Raises: ModelError if nothing is quantised, or with another type or zero point than TensorRT takes.
     """
     if not is_quantized(network):
-        raise ModelError(
-            f"the model is not quantised, which --precision {precision} needs; "
-            "quantise it first with: fpn-engine quantize model.onnx --images DIR"
-        )
+        raise ModelError(not_quantized(precision))
     model = ModelProto()
     model.CopyFrom(network)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

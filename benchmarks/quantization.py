@@ -1,0 +1,183 @@
+"""int8 beside fp32 on a CPU: AP on the blood cells, file sizes, and the time of R50 at 800x1216.
+
+    python -m benchmarks.quantization CHECKPOINT DATA -o benchmarks/results/quantization.json
+
+DATA is the folder with instances_train.json, instances_test.json and images/. int8 is calibrated on train, with every
+way of finding ranges, and scored on test. The R50 has random weights; both plans take turns on the same images, and a
+second clock counts the processor's time, which other programs on the machine stretch less. ``--only ap`` or
+``--only time`` takes one of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto
+from PIL import Image
+
+from benchmarks.provenance import describe_run
+from fpn_engine.annotations import load_annotations
+from fpn_engine.engine import Engine
+from fpn_engine.plan import Plan, read_plan
+from fpn_engine.spec import ModelSpec, numbered_categories
+from fpn_export.build import build_plan
+from fpn_export.checkpoint import load_checkpoint
+from fpn_export.onnx_export import export_onnx
+from fpn_export.quantization.calibration import calibrate
+from fpn_export.quantization.layers import Network
+from fpn_export.quantization.pairs import insert_pairs
+from fpn_export.quantization.quantize import split_images
+from fpn_export.quantization.ranges import RANGES
+from fpn_export.quantization.scoring import detect, score_agreement, score_ap
+from tests.parity.random_detector import make_picture
+from tests.parity.subject import random_subject
+
+SIZE, ROUNDS, CALIBRATE = (800, 1216), 5, 64
+Row = dict[str, Any]
+
+
+def measure_ap(checkpoint: Path, data: Path) -> Row:
+    """AP of fp32 and of each int8 on the test split."""
+    loaded = load_checkpoint(checkpoint)
+    model, spec = export_onnx(loaded.model, loaded.spec), loaded.spec
+    train, test = (load_annotations(data / f"instances_{split}.json") for split in ("train", "test"))
+    every = Network(model).layers
+    calibrating, _ = split_images([data / "images" / image.file_name for image in train.images], CALIBRATE, 1)
+    seen = calibrate(model, spec, every, calibrating)
+    paths = [data / "images" / image.file_name for image in test.images]
+
+    def find(each: ModelProto) -> Any:
+        return detect(each, spec, paths, lambda: None, lambda line: None)
+
+    exact = find(model)
+    base = score_ap(exact, test)
+    rows: dict[str, Row] = {}
+    size = 0
+    for name, find_range in RANGES.items():
+        ranges = {value: find_range(histogram, "int8") for value, histogram in seen.histograms.items()}
+        made = insert_pairs(model, {layer.name for layer in every}, ranges)
+        size = made.ByteSize()
+        found = find(made)
+        ap = score_ap(found, test)
+        rows[name] = {
+            "AP": round(ap, 4),
+            "AP_points_against_fp32": round(100 * (ap - base), 2),
+            "agreement": round(score_agreement(found, exact), 4),
+        }
+    return {
+        "what": "blood-cell test split, R18-FPN, all layers int8 but the last, ONNX Runtime on the CPU",
+        "calibrated_on": len(calibrating),
+        "scored_on": len(paths),
+        "AP_fp32": round(base, 4),
+        "ranges": rows,
+        "file_bytes_fp32": model.ByteSize(),
+        "file_bytes_int8": size,
+        "file_ratio": round(size / model.ByteSize(), 3),
+    }
+
+
+def measure_time() -> Row:
+    """Plans of an R50 from uint8 image to detections, in turns."""
+    small = ModelSpec(categories=numbered_categories(90), min_size=160, max_size=256)
+    subject = random_subject("resnet50", small, representation_size=1024)
+    model = subject.onnx_model
+    every = Network(model).layers
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{seed}.png" for seed in range(4)]
+        for seed, path in enumerate(paths):
+            Image.fromarray(make_picture(160, 243, seed)).save(path)
+        seen = calibrate(model, subject.spec, every, paths)
+        ranges = {name: RANGES["percentile"](histogram, "int8") for name, histogram in seen.histograms.items()}
+        made = insert_pairs(model, {layer.name for layer in every}, ranges)
+        engines = {name: _build(each, Path(folder), name) for name, each in (("fp32", model), ("int8", made))}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    detections = {}
+    for number in range(ROUNDS + 1):
+        image = make_picture(*SIZE, number)
+        for name, engine in engines.items():
+            spent = _clock(engine, image)
+            detections[name] = spent.found
+            if number:  # the first makes memory
+                seconds[name].append((spent.wall, spent.processor))
+    assert all(detections.values()), "there is nothing to detect"
+    wall, cpu = [_ratios(seconds, i) for i in (0, 1)]
+    return {
+        "what": "R50-FPN, 800x1216, batch 1, 91 classes, random weights, uint8 array to detections, onnxruntime plans",
+        "rounds": ROUNDS,
+        **{
+            f"{name}_seconds": {
+                "wall": round(statistics.median(w for w, _ in spent), 3),
+                "processor": round(statistics.median(c for _, c in spent), 3),
+            }
+            for name, spent in seconds.items()
+        },
+        "median_ratio": wall,
+        "median_ratio_processor": cpu,
+        "file_ratio": round(made.ByteSize() / model.ByteSize(), 3),
+    }
+
+
+def _build(model: ModelProto, folder: Path, name: str) -> Engine:
+    path = folder / f"{name}.onnx"
+    onnx.save(model, str(path))
+    build_plan(path, path.with_suffix(".plan"), backend="onnxruntime")
+    plan = read_plan(path.with_suffix(".plan"))
+    # The weights were made on small pictures; the parts take any size.
+    spec = dataclasses.replace(plan.manifest.spec, min_size=800, max_size=1333)
+    return Engine.from_plan(Plan(dataclasses.replace(plan.manifest, spec=spec), plan.parts))
+
+
+class Spent(NamedTuple):
+    """Seconds, and how much was found."""
+
+    wall: float
+    processor: float
+    found: int
+
+
+def _clock(engine: Engine, image: NDArray[np.uint8]) -> Spent:
+    wall, processor = time.perf_counter(), time.process_time()
+    (found,) = engine(image)
+    return Spent(time.perf_counter() - wall, time.process_time() - processor, len(found))
+
+
+def _ratios(seconds: dict[str, list[tuple[float, float]]], which: int) -> float:
+    pairs = zip(seconds["int8"], seconds["fp32"], strict=True)
+    return round(statistics.median(a[which] / b[which] for a, b in pairs), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", choices=("ap", "time"))
+    given = parser.parse_args()
+    command = ["python", "-m", "benchmarks.quantization", given.checkpoint.name, f"{given.data.name}/"]
+    rows = json.loads(given.output.read_text()) if given.output.exists() else []
+    measures: dict[str, Callable[[], Row]] = {
+        "ap": lambda: measure_ap(given.checkpoint, given.data),
+        "time": measure_time,
+    }
+    for name, measure in measures.items():
+        if given.only in (None, name):
+            row = {"name": name, **measure(), **describe_run(shlex.join([*command, "--only", name]))}
+            rows = [other for other in rows if other["name"] != name] + [row]
+            given.output.write_text(json.dumps(rows, indent=1) + "\n")
+            print(json.dumps(row, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
