@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fpn_engine.pipeline import NON_FINITE, PaddedDetections
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
+from fpn_engine.tasks import NON_FINITE, PaddedDetections
 
 Size = tuple[int, int]
 
@@ -55,8 +55,8 @@ def trim(found: PaddedDetections, row: int, shape: Size, image_size: Size) -> Tr
     if int(found.status[row]) == NON_FINITE:
         return None
     n = int(found.counts[row])
-    boxes = found.boxes[row, :n].numpy() * size_ratio(shape, image_size)
-    return Trimmed(boxes, found.scores[row, :n].numpy().copy(), found.labels[row, :n].numpy().copy())
+    boxes, scores, labels = (np.asarray(values[row, :n]) for values in (found.boxes, found.scores, found.labels))
+    return Trimmed(boxes * size_ratio(shape, image_size), scores.copy(), labels.copy())
 
 
 def size_ratio(of: Sequence[int], to: Sequence[int]) -> NDArray[np.float32]:

@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fpn_engine.backends.loading import load_parts
 from fpn_engine.batching import Batch, Size, make_batches, size_ratio
 from fpn_engine.buckets import Buckets
 from fpn_engine.detections import Detections
-from fpn_engine.devices import choose_device
 from fpn_engine.errors import DeviceMemoryError, FpnEngineError, ImageError, OptionError, ProposalError
 from fpn_engine.images import to_array
-from fpn_engine.pipeline import Pipeline, Thresholds
+from fpn_engine.light import is_light
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
 from fpn_engine.reading import ReadAhead, ReadItem
-from fpn_engine.runtime import make_runner
-from fpn_engine.runtime.runner import Group, Runner, Task
 from fpn_engine.spec import ModelSpec
+from fpn_engine.tasks import Group, Runner, Task, Thresholds
 from fpn_engine.work import Outcome, Pixels, Window, Work, name_error
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is imported where it is needed, which for a light plan is nowhere
+    import torch
+
     from fpn_engine.images import ImageLike
+    from fpn_engine.light.runner import LightRunner
+    from fpn_engine.pipeline import Pipeline
 
 MAX_READERS = 16  # threads that decode for a GPU; for the CPU, which has its own work, there is one
 
@@ -42,6 +43,7 @@ class LoadOptions(TypedDict, total=False):
         device: "cpu", "cuda" or "cuda:1", of the kind that the plan was built for; None takes that kind's current one.
         streams: on CUDA, how many groups of images compute at once, each on parts and buffers of its own: more
             throughput where one group does not fill the device, for latency and memory.
+        images: how many there will be, where that is known; see :func:`fpn_engine.light.is_light`.
     """
 
     batch_size: int
@@ -51,6 +53,7 @@ class LoadOptions(TypedDict, total=False):
     buckets: int | Sequence[Size] | None
     graphs: bool
     graph_memory: int | None
+    images: int | None
 
 
 class Engine:
@@ -67,12 +70,12 @@ class Engine:
         graphs: on CUDA, capture what runs more than once. False runs operation by operation, for a model in training,
             which needs the memory, or one that cannot be captured. graph_memory: their limit in bytes, None takes half
             of what is free.
-        runner: how groups are run; None takes what suits the device.
+        runner: how groups are run; None takes what suits the device. A light runner is its own detector.
     """
 
     def __init__(
         self,
-        pipeline: Pipeline | Sequence[Pipeline],
+        pipeline: Pipeline | Sequence[Pipeline] | LightRunner,
         *,
         batch_size: int = 1,
         buckets: int | Sequence[Size] | None = None,
@@ -82,12 +85,16 @@ class Engine:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        pipelines = [pipeline] if isinstance(pipeline, Pipeline) else list(pipeline)
+        pipelines: list[Any] = list(pipeline) if isinstance(pipeline, Sequence) else [pipeline]
         self.spec: ModelSpec = pipelines[0].spec
-        self.device = pipelines[0].device
+        self._device = str(pipelines[0].device)
         self.batch_size = batch_size
         self._buckets = Buckets(buckets, self.spec.size_divisor)
-        self._runner = runner or make_runner(pipelines, batch_size, graphs=graphs, graph_memory=graph_memory)
+        if runner is None:
+            from fpn_engine.runtime import make_runner
+
+            runner = make_runner(pipelines, batch_size, graphs=graphs, graph_memory=graph_memory)
+        self._runner = runner
 
     @classmethod
     def from_plan(cls, plan: Plan, **options: Unpack[LoadOptions]) -> Self:
@@ -96,8 +103,19 @@ class Engine:
         Raises: PlanError if it was built for something else than what is here, BackendError for a device that is not
             here, OptionError for streams or buckets that it has not.
         """
-        device = choose_device(plan.manifest, options.get("device"))
         threads, streams = options.get("threads"), options.get("streams", 1)
+        if is_light(plan.manifest, options.get("images"), options.get("device"), streams):
+            from fpn_engine.light.runner import LightRunner
+
+            light = LightRunner(plan, threads)
+            batch_size, buckets = options.get("batch_size", 1), options.get("buckets")
+            return cls(light, batch_size=batch_size, buckets=buckets, runner=light)
+
+        from fpn_engine.backends.loading import load_parts
+        from fpn_engine.devices import choose_device
+        from fpn_engine.pipeline import Pipeline
+
+        device = choose_device(plan.manifest, options.get("device"))
         if streams < 1 or (streams > 1 and device.type == "cpu"):
             raise OptionError(f"streams must be at least 1, and 1 on the CPU, not {streams}")
         spec = plan.manifest.spec
@@ -113,6 +131,12 @@ class Engine:
     def load(cls, path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """Read and check a plan and make it ready. Raises PlanError in one sentence that says how to rebuild."""
         return cls.from_plan(read_plan(Path(path)), **options)
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self._device)
 
     def warmup(
         self,
@@ -194,7 +218,7 @@ class Engine:
         """
         self._check_proposals(proposals is not None)
         thresholds = thresholds or Thresholds.of(self.spec)
-        readers = 1 if self.device.type == "cpu" else min(MAX_READERS, os.cpu_count() or 1)
+        readers = 1 if self._device == "cpu" else min(MAX_READERS, os.cpu_count() or 1)
         # A window of several batches, so that mixed sizes still fill batches of one size.
         window = self.batch_size if self.batch_size == 1 else 4 * self.batch_size
         under_way: deque[Window] = deque()

@@ -8,7 +8,6 @@ Everything is padded to fixed shapes with counts beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
 from fpn_engine.spec import ModelSpec
 from fpn_engine.stages import BOX_HEAD, DETECTIONS, POOLING, PREPROCESS, PROPOSALS, TRUNK, stage
+from fpn_engine.tasks import PaddedDetections, Thresholds
 from fpn_kernels import (
     PackedImages,
     decode_proposals,
@@ -29,37 +29,6 @@ from fpn_kernels import (
     select_candidates,
     select_topk,
 )
-
-OK, NON_FINITE = 0, 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """What may change from call to call without a rebuild; scores and IoUs in 0..1.
-
-    The boxes are the detections; those of an RPN alone are its proposals.
-    """
-
-    box_score_thresh: float
-    box_nms_thresh: float
-    box_detections_per_img: int
-
-    def __post_init__(self) -> None:
-        for name in ("box_score_thresh", "box_nms_thresh"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        if self.box_detections_per_img < 1:
-            raise ValueError(f"box_detections_per_img must be at least 1, not {self.box_detections_per_img}")
-
-    @classmethod
-    def of(cls, spec: ModelSpec) -> Self:
-        of_boxes = (spec.box_score_thresh, spec.box_nms_thresh)
-        score, nms = of_boxes if spec.has_box_head else (spec.rpn_score_thresh, spec.rpn_nms_thresh)
-        return cls(box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=spec.box_detections_per_img)
-
-    def override(self, **changes: Any) -> Self:
-        """A copy with those of ``changes`` that are not None."""
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
 class Proposals(NamedTuple):
@@ -79,22 +48,6 @@ class Proposals(NamedTuple):
     def given(cls, boxes: Tensor, counts: Tensor) -> Self:
         """Proposals of another detector, without scores; arguments as the attributes."""
         return cls(boxes, boxes.new_ones(boxes.shape[:2]), counts)
-
-
-class PaddedDetections(NamedTuple):
-    """Detections of a batch at fixed capacity D.
-
-    Attributes:
-        boxes: (N, D, 4) float32 in pixels of the resized image, 0 behind the last.
-        scores: (N, D) float32, descending. labels: (N, D) int64, 1-based, 0 behind the last.
-        counts: (N,) int64. status: (N,) int64, 0 or NON_FINITE: the network gave NaN or infinity.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    counts: Tensor
-    status: Tensor
 
 
 class Pipeline:

@@ -17,7 +17,7 @@ from fpn_engine.errors import PlanError
 from fpn_engine.files import replacing
 from fpn_engine.spec import ModelSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: a plan for ONNX Runtime on the CPU holds joints too
 MANIFEST = "manifest.json"
 NAMED_SOURCE = "--model "  # begins the source of a plan that was built from a named model
 MAX_MANIFEST_BYTES = 1 << 20
@@ -192,6 +192,10 @@ def rebuild_hint(manifest: Manifest, *, precision: str | None = None) -> str:
     if manifest.backend == "tensorrt" and precision is None:
         return _rebuild_from(manifest.source, f" --backend tensorrt --precision {manifest.precision}")
     options = " --device cuda" if manifest.device == "cuda" and precision is None else ""
+    if manifest.backend == "onnxruntime" and options:
+        provider = " --provider tensorrt" if manifest.versions.get("provider") == "tensorrt" else ""
+        provider += f" --precision {manifest.precision}"
+        return _rebuild_from(manifest.source, f" --backend onnxruntime{options}{provider}")
     precision = precision or manifest.precision
     if precision in ("bf16", "fp16"):  # which only the native backend runs
         return _rebuild_from(manifest.source, f" --precision {precision}{options}")

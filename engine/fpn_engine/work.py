@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from fpn_engine.batching import Batch, trim
 from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError, NonFiniteError
-from fpn_engine.runtime.runner import Pending
 from fpn_engine.spec import ModelSpec
+from fpn_engine.tasks import Pending
 
 Pixels = NDArray[np.uint8]
 NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"

@@ -16,9 +16,11 @@ import torch
 from onnx import ModelProto
 
 import fpn_engine
-from fpn_engine.backends.loading import BACKENDS, PRECISIONS
+from fpn_engine.backends.loading import BACKENDS
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
-from fpn_engine.backends.native.parts import NativeTrunk, check_native_device, unpack_part
+from fpn_engine.backends.native.loading import PRECISIONS, check_native_device
+from fpn_engine.backends.native.packing import unpack_part
+from fpn_engine.backends.native.parts import NativeTrunk
 from fpn_engine.backends.ort import TRUNK, OrtTrunk
 from fpn_engine.backends.tensorrt.bindings import load_bindings
 from fpn_engine.errors import BackendError, FpnEngineError, ModelError, PlanError
@@ -31,15 +33,18 @@ from fpn_export.native.parts import make_native_parts
 from fpn_export.native.tactics import TuneFor, make_tactics
 from fpn_export.onnx_cut import cut_head, cut_trunk
 from fpn_export.onnx_file import parse_onnx, read_bytes
+from fpn_export.onnx_joints import cut_joints
+from fpn_export.ort_cuda_parts import ProviderOptions, make_ort_cuda_parts
 from fpn_export.ort_parts import make_ort_parts
 from fpn_export.tensorrt.builder import BuildOptions
 from fpn_export.tensorrt.parts import describe_target, make_tensorrt_parts
+from fpn_export.tensorrt.quantized_graph import not_quantized, quantized_precision
 from fpn_export.tensorrt.typed_graph import PRECISIONS as TENSORRT_PRECISIONS
 
 AUTO = "auto"
 CHOICES = (AUTO, *BACKENDS)
 Steps = Callable[[str], None]
-ForCuda = TuneFor | BuildOptions  # of the native backend and of TensorRT
+ForCuda = TuneFor | BuildOptions | ProviderOptions  # of the native backend, of TensorRT, of ONNX Runtime
 
 
 class Built(NamedTuple):
@@ -55,7 +60,7 @@ def build_plan(
     plan_path: Path,
     *,
     backend: str = AUTO,
-    precision: str = "fp32",
+    precision: str | None = None,
     force: bool = False,
     source: str | None = None,
     tune_for: ForCuda | None = None,
@@ -66,10 +71,13 @@ def build_plan(
 
     ``tune_for`` makes it a plan for CUDA, which the native backend runs: for the GPU that is here, on which tactics are
     measured, or for another. "tensorrt" is for the GPU that is here, at any precision that TensorRT has, and takes
-    ``BuildOptions`` there, its own defaults without.
+    ``BuildOptions`` there, its own defaults without. "onnxruntime" with ``ProviderOptions`` is for any GPU, and is
+    compiled where it is loaded.
 
     ``backend`` "onnxruntime" or "native" is taken as it is. "auto" times both at fp32 and takes the faster, which
-    ``on_note`` is told in one line; at "bf16" it is native, the one that runs it.
+    ``on_note`` is told in one line; at "bf16" it is native, and at "int8" onnxruntime, the ones that run them.
+
+    ``precision`` None is int8 for a quantised model and fp32 for any other.
 
     A sound plan already there with the same build key (the file's digest, the options and the versions) is left as it
     is. Builds of one plan wait for each other; an interrupted build leaves the old plan or none. ``source`` is what
@@ -79,7 +87,7 @@ def build_plan(
     """
     if backend == "tensorrt":
         tune_for = tune_for or BuildOptions()
-    chosen = _settle(backend, precision, tune_for)
+    chosen = _settle(backend, precision or "fp32", tune_for)
     if os.path.isdir(plan_path):
         raise PlanError(f"cannot write {plan_path}: it is a folder; give the name of a file")
     if os.path.realpath(plan_path) == os.path.realpath(model_path):
@@ -87,20 +95,23 @@ def build_plan(
     with _alone(plan_path, on_progress) as work:
         on_progress("read")
         data = read_bytes(model_path)
-        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision, tune_for)
+        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision or "fp32", tune_for)
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
         model, spec = parse_onnx(model_path, data)
+        precision, chosen = _fit_model(model_path, model, precision, chosen)
         on_progress("cut")
         device = "cuda" if tune_for else "cpu"
-        networks = _cut(model_path, model, spec)
-        maker = _PartMaker(model_path, networks, spec, precision, device, work, on_progress, tune_for)
+        networks = _cut(model_path, _cut_networks, model, spec)
+        maker = _PartMaker(model_path, model, networks, spec, precision, device, work, on_progress, tune_for)
         made = _make_faster(maker) if chosen == AUTO else Made(chosen, maker.make(chosen))
         versions = _versions(made.backend)
         if isinstance(tune_for, TuneFor):
             versions |= make_tactics(made.parts, spec, tune_for, on_progress, on_note)
-        elif tune_for:
+        elif isinstance(tune_for, BuildOptions):
             versions |= describe_target(made.parts)
+        elif tune_for:
+            versions["provider"] = tune_for.provider
         on_progress("write")
         manifest = Manifest(
             spec=spec,
@@ -129,6 +140,7 @@ class _PartMaker(NamedTuple):
     """Makes the parts of one model for any backend."""
 
     path: Path
+    model: ModelProto
     networks: dict[str, ModelProto]
     spec: ModelSpec
     precision: str
@@ -142,9 +154,14 @@ class _PartMaker(NamedTuple):
             return make_tensorrt_parts(
                 self.path, self.networks, self.spec, self.precision, self.tune_for, self.on_progress
             )
+        if isinstance(self.tune_for, ProviderOptions):
+            return make_ort_cuda_parts(
+                self.path, self.networks, self.spec, self.precision, self.tune_for, self.on_progress
+            )
         if backend == "native":
             return make_native_parts(self.path, self.networks, self.spec, self.precision, self.on_progress, self.device)
-        return make_ort_parts(self.path, self.networks, self.work, self.on_progress)
+        joints = _cut(self.path, cut_joints, self.model, self.spec)
+        return make_ort_parts(self.path, self.networks | joints, self.work, self.on_progress)
 
 
 def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> str:
@@ -152,13 +169,21 @@ def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> st
 
     Raises: BackendError for what does not go together or is not here.
     """
+    if precision == "fp8" and backend in (AUTO, "onnxruntime"):
+        raise BackendError("fp8 runs on TensorRT only; add --backend tensorrt")
     precisions = TENSORRT_PRECISIONS if backend == "tensorrt" else PRECISIONS
+    if backend in (AUTO, "onnxruntime"):
+        precisions = (*precisions, "int8")
     for what, given, known in (("backend", backend, CHOICES), ("precision", precision, precisions)):
         if given not in known:
             raise BackendError(f"there is no {what} {given!r}; take one of {', '.join(known)}")
     if (backend == "tensorrt") != isinstance(tune_for, BuildOptions):
         raise BackendError("TensorRT builds on the GPU that is to run the plan, with options of its own")
     if isinstance(tune_for, BuildOptions):
+        return backend
+    if isinstance(tune_for, ProviderOptions):
+        if backend != "onnxruntime":
+            raise BackendError(f"a provider is ONNX Runtime's, not of the {backend} backend; add --backend onnxruntime")
         return backend
     if tune_for:
         if backend not in (AUTO, "native"):
@@ -168,11 +193,32 @@ def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> st
         return "native"
     if precision == "fp32":
         return backend
+    if precision == "int8":
+        return "onnxruntime"
     if backend == "onnxruntime":
         raise BackendError(f"the onnxruntime backend does not run {precision}; take --backend native or fp32")
     if precision == "bf16" and not has_bfloat16():
         raise BackendError("this processor or this torch cannot convolve in bf16; build with --precision fp32")
     return "native"
+
+
+def _fit_model(path: Path, model: ModelProto, precision: str | None, backend: str) -> tuple[str, str]:
+    """Precision and backend for what the model is: quantised to int8, to fp8, or float.
+
+    Raises: ModelError if they do not go together. TensorRT's own check has more to say.
+    """
+    found = quantized_precision(model)
+    if backend == "tensorrt":
+        return precision or "fp32", backend
+    if found is None:
+        if precision == "int8":
+            raise ModelError(f"{path}: {not_quantized('int8')}")
+        return precision or "fp32", backend
+    if found != "int8":
+        raise ModelError(f"{path} is quantised to {found}, which TensorRT runs only; add --backend tensorrt")
+    if precision not in (None, "int8"):
+        raise ModelError(f"{path} is quantised, which does not go with {precision}; leave --precision out")
+    return "int8", "onnxruntime" if backend == AUTO else backend
 
 
 def _make_faster(maker: _PartMaker) -> Made:
@@ -239,9 +285,15 @@ def _alone(plan_path: Path, on_progress: Callable[[str], None]) -> Iterator[Path
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _cut(path: Path, model: ModelProto, spec: ModelSpec) -> dict[str, ModelProto]:
+def _cut_networks(model: ModelProto, spec: ModelSpec) -> dict[str, ModelProto]:
+    trunk = {"trunk": cut_trunk(model, spec)}
+    return trunk | {"head": cut_head(model, spec)} if spec.has_box_head else trunk
+
+
+def _cut(
+    path: Path, cut: Callable[[ModelProto, ModelSpec], dict[str, ModelProto]], model: ModelProto, spec: ModelSpec
+) -> dict[str, ModelProto]:
     try:
-        trunk = {"trunk": cut_trunk(model, spec)}
-        return trunk | {"head": cut_head(model, spec)} if spec.has_box_head else trunk
+        return cut(model, spec)
     except (ModelError, ValueError) as error:  # onnx raises ValueError for a graph that hangs together badly
         raise ModelError(f"cannot cut {path}: {error}") from None

@@ -69,14 +69,15 @@ def _add_outputs(g: OnnxGraph, boxes: str, scores: str, labels: str, limit: str)
 def add_status(g: OnnxGraph, spec: ModelSpec) -> None:
     """``status`` (N,) int64: 1 where the image or the network's answer holds NaN or infinity, else 0.
 
-    A sum carries either, and s - s is then NaN and otherwise 0.
+    A sum carries either, and s - s is then NaN and otherwise 0. ``map_check`` (N,) float32 is that of image and maps.
     """
     maps = ["image"]
     if spec.has_box_head:
         maps += roi_maps(spec)
     if spec.has_rpn:
         maps += [f"{kind}_{level}" for kind in ("objectness", "deltas") for level in spec.level_names]
-    sums = [g.op("ReduceSum", value, g.int64(1, 2, 3), keepdims=0) for value in maps]
+    checks = [_check(g, g.op("ReduceSum", value, g.int64(1, 2, 3), keepdims=0)) for value in maps]
+    total = g.op("Sum", *checks, name="map_check")
     if spec.has_box_head:
         # Back to one row per proposal slot first: a sum over no RoI at all would keep its shape in ONNX Runtime.
         n, slots = g.dim("proposals", 0), g.op("Mul", g.dim("proposals", 0), g.dim("proposals", 1))
@@ -84,9 +85,13 @@ def add_status(g: OnnxGraph, spec: ModelSpec) -> None:
         for value, width in (("class_logits", spec.num_classes), ("box_deltas", 4 * spec.num_classes)):
             rows = g.op("ScatterND", g.op("Expand", g.float32(0.0), _join(g, slots, width)), where, value)
             per_image = g.op("Reshape", rows, g.op("Concat", n, g.int64(-1), axis=0))
-            sums.append(g.op("ReduceSum", per_image, g.int64(1), keepdims=0))
-    total = g.op("Sum", *(g.op("Sub", value, value) for value in sums))
+            total = g.op("Add", total, _check(g, g.op("ReduceSum", per_image, g.int64(1), keepdims=0)))
     g.op("Cast", g.op("IsNaN", total), to=TensorProto.INT64, name="status")
+
+
+def _check(g: OnnxGraph, value: str) -> str:
+    """0 where ``value`` is finite, else NaN."""
+    return g.op("Sub", value, value)
 
 
 def _join(g: OnnxGraph, shape: str, last: int) -> str:

@@ -10,18 +10,22 @@ from onnx import ModelProto
 
 from fpn_engine.backends.ort import PROVIDERS, session_options
 from fpn_engine.errors import ModelError
+from fpn_export.quantization.integers import use_integers
+from fpn_export.tensorrt.quantized_graph import is_quantized
 
 
 def make_ort_parts(
     path: Path, networks: Mapping[str, ModelProto], work: Path, on_progress: Callable[[str], None]
 ) -> dict[str, bytes]:
-    """Optimise trunk and head, which were cut out of ``path``, in the folder ``work``.
+    """Optimise trunk, head and joints, which were cut out of ``path``, in the folder ``work``.
 
     Raises: ModelError if ONNX Runtime refuses one.
     """
     parts = {}
     for name, network in networks.items():
         on_progress(f"optimise {name}")
+        if is_quantized(network):
+            network = use_integers(network)
         parts[f"{name}.onnx"] = _optimise(path, network.SerializeToString(), work / f"{name}.onnx")
     return parts
 

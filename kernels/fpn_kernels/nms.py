@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from fpn_kernels.checks import require, require_device, require_dtype, require_shape
+from fpn_kernels.overlaps import Overlaps
 from fpn_kernels.registration import Op
 from fpn_kernels.selection import stable_topk
 
-BLOCK = 2048  # boxes resolved against each other at a time; 250 MB of temporaries if they all coincide
-PAIRS = 1 << 21  # candidate pairs whose IoU is computed at a time: about 100 MB of temporaries
-# IoU > t needs the second box to begin within (1 - t) of the first one's width. The slack is far above the rounding
-# of the float32 IoU; where areas leave float32's normal range their rounding is unbounded and no pair is ruled out.
-SLACK = 1e-4
-SMALLEST_AREA = 1e-30
-
-
-def box_iou_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of matching rows of two (P, 4) float32 tensors; 0 / 0 is NaN, which exceeds no threshold."""
-    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
-    intersection = overlap[:, 0] * overlap[:, 1]
-    return intersection / (_areas(a) + _areas(b) - intersection)
+BLOCK = 2048  # boxes resolved against each other at first; each block is twice the one before
+MOST_PAIRS = 1 << 22  # candidate pairs within a block beyond which it is halved, so that memory stays bounded
+MOST_ROUNDS = 32  # links of a chain of suppressions that are settled all at once; longer chains are walked along
 
 
 def padded_nms_reference(
@@ -45,16 +33,27 @@ def padded_nms_reference(
 def _suppress(boxes: Tensor, groups: Tensor, iou_threshold: float, max_out: int) -> Tensor:
     """Indices of the first ``max_out`` boxes that survive, of boxes in descending order of score."""
     _, groups = groups.unique(return_inverse=True)
-    kept = torch.empty(0, dtype=torch.int64, device=boxes.device)
-    for block in torch.arange(len(boxes), device=boxes.device).split(BLOCK):
-        _, hit = _overlapping_pairs(boxes, groups, kept, block, iou_threshold)
+    overlaps = Overlaps(boxes, groups, iou_threshold)
+    index = torch.arange(len(boxes), device=boxes.device)
+    kept, start, size = index[:0], 0, BLOCK
+    while start < len(boxes) and len(kept) < max_out:
         alive = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-        alive[hit] = False
-        block = block[alive[block]]
-        better, worse = _overlapping_pairs(boxes, groups, block, block, iou_threshold)
-        kept = torch.cat([kept, block[_fixed_point(better, worse, alive)[block]]])[:max_out]
-        if len(kept) == max_out:
-            break
+        for windows in overlaps.windows(kept, index[start : start + size]):
+            for _, worse in overlaps.pairs(windows):
+                alive[worse] = False
+        while True:
+            block = index[start : start + size]
+            block = block[alive[block]]
+            found = overlaps.windows(block, block)
+            if size <= BLOCK or sum(int(windows.counts.sum()) for windows in found) <= MOST_PAIRS:
+                break
+            size //= 2
+        pairs = [pair for windows in found for pair in overlaps.pairs(windows)]
+        if pairs:
+            better, worse = (torch.cat(side) for side in zip(*pairs, strict=True))
+            alive = _fixed_point(better, worse, alive)
+        kept = torch.cat([kept, block[alive[block]]])[:max_out]
+        start, size = start + size, 2 * size
     return kept
 
 
@@ -63,64 +62,18 @@ def _fixed_point(better: Tensor, worse: Tensor, alive: Tensor) -> Tensor:
 
     Each round settles at least one more link of every chain of suppressions; chains are short in practice.
     """
-    while True:
+    for _ in range(MOST_ROUNDS):
         settled = torch.ones_like(alive)
         settled[worse[alive[better]]] = False
         if torch.equal(settled, alive):
             return alive
         alive = settled
-
-
-def _overlapping_pairs(
-    boxes: Tensor, groups: Tensor, first: Tensor, second: Tensor, iou_threshold: float
-) -> tuple[Tensor, Tensor]:
-    """All pairs (i, j), i < j, i in ``first``, j in ``second``, of one group and with IoU above the threshold."""
-    sides = [(first, second)] if first is second else [(first, second), (second, first)]
-    pairs = [pair for left, right in sides for pair in _sweep(boxes, groups, left, right, iou_threshold)]
-    if not pairs:
-        return first[:0], second[:0]
-    i, j = (torch.cat(side) for side in zip(*pairs, strict=True))
-    return torch.minimum(i, j), torch.maximum(i, j)
-
-
-def _sweep(
-    boxes: Tensor, groups: Tensor, left: Tensor, right: Tensor, iou_threshold: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Overlapping pairs whose right box begins inside the window of x that IoU > threshold leaves it."""
-    if len(left) == 0 or len(right) == 0:
-        return
-    x1 = boxes[right, 0]
-    by_x = x1.argsort()
-    # Position in the order of x1, made distinct by group, so that one search finds the window within the group.
-    position = torch.empty_like(by_x)
-    position[by_x] = torch.arange(len(right), device=boxes.device)
-    keys, order = (groups[right] * len(right) + position).sort()
-    width = (boxes[left, 2] - boxes[left, 0]).to(torch.float64)
-    reach = torch.where(_areas(boxes[left]) < SMALLEST_AREA, 1.0, 1.0 - iou_threshold + SLACK) * width
-    sorted_x1 = x1[by_x].to(torch.float64)
-    start = boxes[left, 0].to(torch.float64)
-    base = groups[left] * len(right)
-    begin = torch.searchsorted(keys, base + torch.searchsorted(sorted_x1, start))
-    end = torch.searchsorted(keys, base + torch.searchsorted(sorted_x1, start + reach, right=True))
-    counts = (end - begin).clamp(min=0)
-    for chunk in _chunks(counts, PAIRS):
-        number = counts[chunk]
-        i = left[chunk].repeat_interleave(number)
-        within = torch.arange(len(i), device=boxes.device) - (number.cumsum(0) - number).repeat_interleave(number)
-        j = right[order[begin[chunk].repeat_interleave(number) + within]]
-        hit = (box_iou_pairs(boxes[i], boxes[j]) > iou_threshold) & (i != j)
-        yield i[hit], j[hit]
-
-
-def _chunks(counts: Tensor, limit: int) -> list[slice]:
-    """Slices of ``counts`` that sum to about ``limit`` at most, each at least one long."""
-    group = counts.cumsum(0) // limit
-    edges = [0, *(1 + (group[1:] != group[:-1]).nonzero()[:, 0]).tolist(), len(counts)]
-    return [slice(a, b) for a, b in pairwise(edges)]
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = better.argsort()
+    one_by_one = [True] * len(alive)
+    for i, j in zip(better[order].tolist(), worse[order].tolist(), strict=True):
+        if one_by_one[i]:  # settled: all that could suppress it came before
+            one_by_one[j] = False
+    return torch.tensor(one_by_one, dtype=torch.bool, device=alive.device)
 
 
 def _fake(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def make_bad_files(tiny: Tiny) -> dict[str, str]:
         "text.plan": "is not a plan or is damaged",
         "cut.plan": "is not a plan or is damaged",
         "bit.plan": "does not match its sha256; build it again with: fpn-engine build tiny.onnx",
-        "future.plan": "has plan format 99, this fpn-engine reads format 1; build it again with",
+        "future.plan": "has plan format 99, this fpn-engine reads format 2; build it again with",
         "missing.pth": "missing.pth does not exist",
         "missing.onnx": "write one with: fpn-engine export checkpoint.pth",
         "missing.plan": "make one with: fpn-engine build model.onnx",

@@ -29,7 +29,7 @@ from fpn_export.detector import FasterRCNN
 from fpn_export.onnx_export import SPEC_KEY, export_onnx
 from tests.export.conftest import SPEC
 
-STEPS = ["read", "cut", "optimise trunk", "optimise head", "write"]
+STEPS = ["read", "cut", *(f"optimise {part}" for part in ("trunk", "head", "rois", "detections")), "write"]
 PATIENCE = 60.0  # seconds for a process to get somewhere
 
 

@@ -22,7 +22,8 @@ from tests.export.conftest import SPEC
 
 PATIENCE = 60.0
 CHECKPOINT = Path("model.pth")
-BUILD = ["cut", "optimise trunk", "optimise head", "lower trunk", "lower head", "time", "write"]
+OPTIMISED = ("trunk", "head", "rois", "detections")
+BUILD = ["cut", *(f"optimise {part}" for part in OPTIMISED), "lower trunk", "lower head", "time", "write"]
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
-from fpn_engine.pipeline import NON_FINITE, OK, PaddedDetections, Pipeline, Thresholds
+from fpn_engine.pipeline import Pipeline
 from fpn_engine.spec import ModelSpec
+from fpn_engine.tasks import NON_FINITE, OK, PaddedDetections, Thresholds
 from fpn_export.onnx_cut import cut_head, cut_trunk
 from fpn_export.onnx_export import OVERRIDABLE, SPEC_KEY, VERSION_KEY, trunk_outputs
 from tests.parity.random_detector import make_picture

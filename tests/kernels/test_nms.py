@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+import time
 from importlib import import_module
 from unittest import mock
 
@@ -18,6 +19,8 @@ from tests.kernels.boxes import THRESHOLDS, awkward_boxes, clustered_boxes, gree
 from tests.kernels.onnx_node import run_node
 
 MODULE = import_module("fpn_kernels.nms")  # the package's attribute of this name is the function
+OVERLAPS = import_module("fpn_kernels.overlaps")
+FEW = st.sampled_from([0, OVERLAPS.FEW])  # with bands of y, and as few boxes do without
 
 
 def run(boxes, scores, groups, threshold, max_out=100):
@@ -40,32 +43,69 @@ DIAGONAL = torch.tensor(
 
 # Blocks of 3 boxes and 5 pairs, so that a few boxes cross every boundary that thousands would.
 @settings(deadline=None, max_examples=300)
-@given(awkward_boxes(), THRESHOLDS, st.integers(1, 30), st.sampled_from([(3, 5), (1, 1), (2048, 1 << 21)]))
-@example((torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()), 0.5, 1, (2048, 1 << 21))
-@example((TINY, torch.ones(2), torch.zeros(2).long()), 0.5, 9, (2048, 1 << 21))
-@example((DIAGONAL, torch.ones(2), torch.zeros(2).long()), 0.0, 9, (2048, 1 << 21))
-def test_equals_the_greedy_loop(candidates, threshold, max_out, limits):
-    with mock.patch.multiple(MODULE, BLOCK=limits[0], PAIRS=limits[1]):
+@given(awkward_boxes(), THRESHOLDS, st.integers(1, 30), st.sampled_from([(3, 5), (1, 1), (2048, 1 << 21)]), FEW)
+@example((torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()), 0.5, 1, (2048, 1 << 21), 0)
+@example((TINY, torch.ones(2), torch.zeros(2).long()), 0.5, 9, (2048, 1 << 21), 0)
+@example((DIAGONAL, torch.ones(2), torch.zeros(2).long()), 0.0, 9, (2048, 1 << 21), 0)
+def test_equals_the_greedy_loop(candidates, threshold, max_out, limits, few_boxes):
+    few = {"BLOCK": limits[0], "MOST_PAIRS": limits[1], "MOST_ROUNDS": limits[1] % 7}
+    with mock.patch.multiple(MODULE, **few), mock.patch.multiple(OVERLAPS, PAIRS=limits[1], FEW=few_boxes):
         assert run(*candidates, threshold, max_out) == greedy_nms(*candidates, threshold, max_out)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32), st.floats(0, 1), st.integers(1, 60), st.integers(1, 4), st.sampled_from([2, 7, 25]))
-def test_equals_the_greedy_loop_on_crowds(seed, threshold, count, groups, block):
+@given(st.integers(0, 2**32), st.floats(0, 1), st.integers(1, 60), st.integers(1, 4), st.sampled_from([2, 7, 25]), FEW)
+def test_equals_the_greedy_loop_on_crowds(seed, threshold, count, groups, block, few_boxes):
     boxes = clustered_boxes(count, 1 + count // 8, seed=seed)
     scores = torch.randint(5, (count,), generator=seeded(seed)) / 4
     groups = torch.randint(groups, (count,), generator=seeded(seed))
-    with mock.patch.object(MODULE, "BLOCK", block):
+    with mock.patch.object(MODULE, "BLOCK", block), mock.patch.object(OVERLAPS, "FEW", few_boxes):
         assert run(boxes, scores, groups, threshold, count) == greedy_nms(boxes, scores, groups, threshold, count)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.7, 0.999, 1.0])
-@pytest.mark.parametrize("block", [256, 2048])
-def test_nms_equals_torchvision(threshold, block):
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.3, 0.5, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize(("block", "few"), [(256, 0), (2048, 0), (2048, OVERLAPS.FEW)])
+def test_nms_equals_torchvision(threshold, block, few):
     boxes = torch.cat([clustered_boxes(2500, 60), random_boxes(500, seed=9)])
     scores = torch.randint(200, (3000,), generator=seeded()) / 200  # 15 boxes to a score
-    with mock.patch.object(MODULE, "BLOCK", block):
+    with mock.patch.object(MODULE, "BLOCK", block), mock.patch.object(OVERLAPS, "FEW", few):
         assert torch.equal(nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32), st.floats(0.25, 1), st.floats(-10, 10))
+def test_no_pair_is_missed_between_bands(seed, threshold, exponent):
+    """Boxes whose IoU with the one of their group is just about the threshold, within it or shifted, at any scale."""
+    count = 100
+    rand = torch.rand(6, count, generator=seeded(seed), dtype=torch.float64)
+    x, y = (rand[:2] - 0.5) * 30
+    w, h = 0.1 * 50 ** rand[2:4]
+    iou = threshold + (1 - threshold) * rand[4] ** 8 + 1e-6
+    inset, shift = (1 - iou) * h * rand[5], (1 - iou) / (1 + iou) * h
+    whole = torch.stack([x, y, x + w, y + h], dim=1)
+    inner = torch.stack([x, y + inset, x + w, y + inset + iou * h], dim=1)
+    shifted = torch.stack([x, y + shift, x + w, y + h + shift], dim=1)
+    boxes = torch.cat([whole, inner, shifted])
+    boxes = torch.cat([boxes, boxes[:, [1, 0, 3, 2]]]).mul(10**exponent).float()  # along y, then along x
+    groups = torch.arange(2 * count).view(2, 1, count).repeat(1, 3, 1).flatten()
+    scores = torch.rand(6 * count, generator=seeded(seed))
+    expected = set()
+    for group in range(2 * count):
+        members = (groups == group).nonzero()[:, 0]
+        kept = greedy_nms(boxes[members], scores[members], groups[members], threshold, 3)
+        expected |= set(members[kept].tolist())
+    with mock.patch.object(OVERLAPS, "FEW", 0):
+        assert set(batched_nms(boxes, scores, groups, threshold).tolist()) == expected
+
+
+def test_a_chain_is_walked_along():
+    """Each box suppresses the next but for being suppressed itself: every other one stays."""
+    steps = torch.arange(30_000, dtype=torch.float32)
+    boxes = torch.stack([steps, torch.zeros(30_000), steps + 4, torch.ones(30_000)], dim=1)  # IoU 3/5 with the next
+    start = time.thread_time()
+    kept = nms(boxes, -steps, 0.5)
+    assert time.thread_time() - start < 5.0, "a round for every link would take minutes"
+    assert kept.tolist() == list(range(0, 30_000, 2))
 
 
 def test_batched_nms_equals_torchvision():

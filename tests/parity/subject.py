@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from fpn_engine.engine import Engine
+from fpn_engine.light.runner import LightRunner
 from fpn_engine.pipeline import Proposals
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.resizing import padded_size, resized_size
@@ -71,9 +72,16 @@ class Subject:
 
     def engine(self, *, batch_size: int = 1, plan: Plan | None = None, **changes: Any) -> Engine:
         """The plan, or another one, loaded, with fields of its spec changed; none that the cut parts depend on."""
-        plan = plan or self.plan
-        manifest = dataclasses.replace(plan.manifest, spec=dataclasses.replace(self.spec, **changes))
-        return Engine.from_plan(Plan(manifest, plan.parts), batch_size=batch_size)
+        return Engine.from_plan(self._changed(plan or self.plan, changes), batch_size=batch_size)
+
+    def light_engine(self, *, batch_size: int = 1, **changes: Any) -> Engine:
+        """The plan loaded as if torch were not there; the rest as :meth:`engine`."""
+        light = LightRunner(self._changed(self.plan, changes))
+        return Engine(light, runner=light, batch_size=batch_size)
+
+    def _changed(self, plan: Plan, changes: dict[str, Any]) -> Plan:
+        spec = dataclasses.replace(self.spec, **changes)
+        return Plan(dataclasses.replace(plan.manifest, spec=spec), plan.parts)
 
     def oracle(self, **changes: Any) -> Oracle:
         spec = dataclasses.replace(self.spec, **changes)

@@ -14,7 +14,7 @@ from tests.parity.torchvision_oracle import Comparison, Found, Oracle, Pixels, a
 
 pytestmark = pytest.mark.shared
 
-FORMS = ("plan", "onnx")
+FORMS = ("plan", "light", "onnx")
 # (photograph, top, left, height, width): odd sides, portrait, and 1:3 both ways.
 CROPS = [(0, 0, 0, 411, 333), (1, 3, 5, 477, 301), (2, 17, 9, 211, 633), (3, 0, 101, 480, 160), (4, 1, 1, 377, 639)]
 Answers = dict[int, Found]
@@ -22,8 +22,9 @@ Detect = Callable[[Pixels], Found]
 
 
 def detect_with(form: str, subject: Subject, oracle: Oracle) -> Detect:
-    """The plan on the pixels, or ONNX Runtime alone on what torchvision makes of them."""
-    engine = subject.engine(min_size=oracle.model.transform.min_size[0], max_size=oracle.model.transform.max_size)
+    """The plan on the pixels, with torch or without, or ONNX Runtime alone on what torchvision makes of them."""
+    make_engine = subject.light_engine if form == "light" else subject.engine
+    engine = make_engine(min_size=oracle.model.transform.min_size[0], max_size=oracle.model.transform.max_size)
 
     def run_plan(image: Pixels) -> Found:
         return Found.of(engine(image)[0])
@@ -33,7 +34,7 @@ def detect_with(form: str, subject: Subject, oracle: Oracle) -> Detect:
         outputs = run_onnx(subject.session, images.tensors, images.image_sizes)
         return found_in(outputs, 0, image.shape[:2], images.image_sizes[0])
 
-    return {"plan": run_plan, "onnx": run_file}[form]
+    return run_file if form == "onnx" else run_plan
 
 
 @pytest.fixture(scope="module")

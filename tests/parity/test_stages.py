@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fpn_engine.backends import TrunkOutput
-from fpn_engine.pipeline import OK, Pipeline, Proposals, Thresholds
+from fpn_engine.pipeline import Pipeline, Proposals
 from fpn_engine.resizing import padded_size, resized_size
+from fpn_engine.tasks import OK, Thresholds
 from fpn_export.onnx_export import trunk_outputs
 from fpn_kernels import decode_proposals, make_base_anchors, select_topk
 from tests.export.models import relative_error

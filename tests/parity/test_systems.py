@@ -10,8 +10,9 @@ import torch
 
 from fpn_engine.detections import Detections
 from fpn_engine.engine import Engine
-from fpn_engine.pipeline import NON_FINITE, PaddedDetections, Proposals, Thresholds
+from fpn_engine.pipeline import Proposals
 from fpn_engine.proposals import Boxes
+from fpn_engine.tasks import NON_FINITE, PaddedDetections, Thresholds
 from tests.export.random_system import REPRESENTATION_SIZE, make_images, make_random_system, make_rois
 from tests.parity.random_detector import make_picture
 from tests.parity.subject import Arrays, Subject, run_onnx

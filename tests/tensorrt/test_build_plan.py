@@ -98,7 +98,7 @@ def test_fp16_unless_said_otherwise(trt: StrictModule, on_the_cpu: None, model: 
 
 
 WRONG = {
-    "a target": (["--target", "sm_90"], "builds on the GPU that is to run"),
+    "a target": (["--target", "sm_90"], "the others compile on the GPU"),
     "native's": (["--backend", "native", "--max-batch", "2"], "--backend tensorrt"),
     "level": (["--optimization-level", "9"], "--optimization-level"),
 }

@@ -14,13 +14,16 @@ from fpn_engine.cli.eval import evaluate
 from fpn_engine.cli.export import export
 from fpn_engine.cli.infer import infer
 from fpn_engine.cli.info import info
+from fpn_engine.cli.quantize import quantize
 from fpn_engine.cli.scenes import scenes
 from fpn_engine.cli.train import train
+from fpn_engine.cli.verify import verify
 
 EPILOG = (
     "Exit codes: 0 done, 1 error, 2 wrong usage, 3 some images failed, 4 all images failed, "
     "130 interrupted, 143 terminated."
 )
+VERIFY_EPILOG = "Exit codes: 0 they agree, 1 error, 2 wrong usage, 3 some images failed, 4 all failed, 5 they disagree."
 
 app = typer.Typer(
     name="fpn-engine",
@@ -36,9 +39,11 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command(no_args_is_help=True)(export)
+app.command(no_args_is_help=True)(quantize)
 app.command(no_args_is_help=True)(build)
 app.command(no_args_is_help=True, epilog=EPILOG)(infer)
 app.command(name="eval", no_args_is_help=True)(evaluate)
+app.command(no_args_is_help=True, epilog=VERIFY_EPILOG)(verify)
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(scenes)
 app.command(no_args_is_help=True)(info)

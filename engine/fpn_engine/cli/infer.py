@@ -113,6 +113,7 @@ def infer(
         device=device,
         streams=streams,
         buckets=bucket,
+        images=len(paths),
     )
     ids = load_annotations(annotations).image_ids if annotations else None
     given = open_proposals(engine.spec, proposals, ids)

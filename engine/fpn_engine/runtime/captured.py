@@ -11,9 +11,10 @@ from fpn_engine.errors import DeviceMemoryError
 from fpn_engine.pipeline import Pipeline, Proposals
 from fpn_engine.runtime.graphs import Capture, Captured, GraphCache
 from fpn_engine.runtime.packet import PacketForm, pack_result
-from fpn_engine.runtime.runner import Group, Task, run_task
+from fpn_engine.runtime.runner import run_task
 from fpn_engine.runtime.staging import SLOTS, Arriving, StagingRing
 from fpn_engine.runtime.transport import Transport
+from fpn_engine.tasks import Group, Task
 from fpn_kernels import PackedImages
 
 IMAGE_BYTES = 6 << 20  # staged per image to begin with: 2 megapixels; larger ones make the ring grow

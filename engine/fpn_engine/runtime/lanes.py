@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
-from fpn_engine.runtime.runner import Group, Pending, Runner, Task
+from fpn_engine.tasks import Group, Pending, Runner, Task
 
 
 class Lanes:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fpn_engine.pipeline import PaddedDetections
-from fpn_engine.runtime.runner import Group
+from fpn_engine.tasks import Group, PaddedDetections
 
 ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are less aligned
 

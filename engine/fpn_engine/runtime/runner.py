@@ -3,76 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fpn_engine.pipeline import PaddedDetections, Pipeline, Proposals, Thresholds
+from fpn_engine.pipeline import Pipeline, Proposals
+from fpn_engine.tasks import Group, PaddedDetections, Ready, Task
 from fpn_kernels import pack_images
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What is done with images of one padded size: (h, w) in pixels.
-
-    ``thresholds`` are those of the detections; None asks for the RPN's proposals instead, at the spec's own.
-    """
-
-    padded_size: tuple[int, int]
-    thresholds: Thresholds | None
-
-
-class Group(NamedTuple):
-    """Images that share a padded size.
-
-    Attributes:
-        images: each (H, W, 3) uint8. image_sizes: resized (h, w) of each before padding.
-        given: for a Fast R-CNN, the boxes (n, 4) float32 of each in pixels of the resized image.
-    """
-
-    images: Sequence[NDArray[np.uint8]]
-    image_sizes: Sequence[tuple[int, int]]
-    given: Sequence[NDArray[np.float32]] | None = None
-
-
-class Pending(Protocol):
-    """A result that is on its way."""
-
-    def wait(self) -> PaddedDetections:
-        """What was found, in host memory, a row per image. Waits for the device; any number of times."""
-        ...
-
-
-class Runner(Protocol):
-    """Runs groups of images; several threads may call it.
-
-    Attributes:
-        depth: groups that may be under way before the oldest is waited for; 0 where a group is done when it is
-            submitted.
-    """
-
-    depth: int
-
-    def submit(self, group: Group, task: Task) -> Pending:
-        """Begin; waits for nothing but room."""
-        ...
-
-    def warm(self, group: Group, task: Task) -> None:
-        """Prepare for groups like this one."""
-        ...
-
-
-class Ready:
-    """A result that is there."""
-
-    def __init__(self, found: PaddedDetections) -> None:
-        self._found = found
-
-    def wait(self) -> PaddedDetections:
-        return self._found
 
 
 class EagerRunner:

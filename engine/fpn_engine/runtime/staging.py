@@ -7,9 +7,9 @@ import threading
 import torch
 from torch import Tensor
 
-from fpn_engine.pipeline import PaddedDetections
 from fpn_engine.runtime.packet import ALIGNMENT, unpack_result
 from fpn_engine.runtime.transport import Event, Transport
+from fpn_engine.tasks import PaddedDetections
 
 SLOTS = 3  # one is written, one travels, one computes
 

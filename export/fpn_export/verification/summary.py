@@ -14,6 +14,7 @@ from fpn_engine.plan import Manifest, read_plan
 from fpn_engine.sources import list_images
 from fpn_export.onnx_file import read_onnx
 from fpn_export.scenes import make_scene
+from fpn_export.tensorrt.quantized_graph import is_quantized
 from fpn_export.verification.comparison import Comparison, Read, compare
 from fpn_export.verification.opening import open_cut, open_plan, open_subject
 from fpn_export.verification.subject import PipelineSubject, Subject, replace_sizes
@@ -44,6 +45,9 @@ def summarize_build(model: Path, plan: Path, folder: Path | None = None) -> str:
     manifest = loaded.manifest
     command = f"fpn-engine verify {shlex.quote(str(model))} {shlex.quote(str(plan))} --images DIR"
     try:
+        if model.suffix == ".onnx" and is_quantized(read_onnx(model)[0]):
+            command = f"fpn-engine verify FLOAT.onnx {shlex.quote(str(plan))} --images DIR"
+            return f"what {manifest.precision} costs is in the report of fpn-engine quantize; beside the float file: {command}"
         if not manifest.spec.has_rpn:
             return f"{manifest.precision} was not compared, as proposals are needed: {command} --proposals FILE"
         pictures = _read(folder) if folder else _draw()

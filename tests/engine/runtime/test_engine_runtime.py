@@ -15,12 +15,13 @@ from fpn_engine.buckets import Buckets
 from fpn_engine.detections import Detections
 from fpn_engine.engine import Engine
 from fpn_engine.errors import BackendError, DeviceMemoryError, FpnEngineError, ImageError, OptionError
-from fpn_engine.pipeline import PaddedDetections, Pipeline
+from fpn_engine.pipeline import Pipeline
 from fpn_engine.plan import read_plan
 from fpn_engine.runtime.captured import CapturedRunner
 from fpn_engine.runtime.lanes import Lanes
-from fpn_engine.runtime.runner import EagerRunner, Group, Pending, Ready, Task
+from fpn_engine.runtime.runner import EagerRunner
 from fpn_engine.runtime.staging import SLOTS
+from fpn_engine.tasks import Group, PaddedDetections, Pending, Ready, Task
 from fpn_export.detector import FpnDetector
 from tests.engine.conftest import SPEC, Pixels, Run, Tiny, make_picture, save_picture
 from tests.engine.runtime.conftest import fixed

@@ -35,10 +35,18 @@ SHAPES = [(60, 80), (61, 79), (90, 50), (200, 40), (1, 1), (60, 80), (30, 40), (
 @pytest.fixture(scope="module")
 def cuda_model(model: FpnDetector) -> Iterator[FpnDetector]:
     """The small detector on the GPU, in float32 throughout."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    allowed = exchange_tf32(False)
     yield copy.deepcopy(model).cuda()
-    torch.backends.cudnn.allow_tf32 = allowed
+    exchange_tf32(allowed)
+
+
+def exchange_tf32(allowed: bool) -> bool:
+    """Let cuDNN use TF32 or not; returns whether it might before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch warn of this interface
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = allowed
+    return before
 
 
 @pytest.fixture(scope="module")
