@@ -47,7 +47,7 @@ def summarize_build(model: Path, plan: Path, folder: Path | None = None) -> str:
     try:
         if model.suffix == ".onnx" and is_quantized(read_onnx(model)[0]):
             report = f"what {manifest.precision} costs is in the report of fpn-engine quantize"
-            return f"{report}; beside the float file: fpn-engine verify FLOAT.onnx {shlex.quote(str(plan))} --images DIR"
+            return f"{report}; beside the float: fpn-engine verify FLOAT.onnx {shlex.quote(str(plan))} --images DIR"
         if not manifest.spec.has_rpn:
             return f"{manifest.precision} was not compared, as proposals are needed: {command} --proposals FILE"
         pictures = _read(folder) if folder else _draw()
