@@ -227,6 +227,8 @@ def describe_differences(a: ModelSpec, b: ModelSpec) -> list[str]:
 def _compare_image(comparison: Comparison, name: str, pair: Pair) -> ImageResult:
     worst = 0.0
     for error in pair.errors():
+        if comparison.tolerances.by_norm:
+            error = error.by_norm()
         tolerance = comparison.tolerances.stages[error.stage]
         _record(comparison, error, name, tolerance)
         worst = max(worst, error.fed.value / tolerance if tolerance else error.fed.value)

@@ -61,6 +61,10 @@ class StageError(NamedTuple):
     came: TensorError
     fed: TensorError
 
+    def by_norm(self) -> StageError:
+        """With errors of which the norm counts alone."""
+        return self._replace(came=self.came._replace(by_norm=True), fed=self.fed._replace(by_norm=True))
+
 
 class Pair:
     """Two subjects and one image's traces of them."""

@@ -14,16 +14,20 @@ class TensorError(NamedTuple):
     Attributes:
         norm: of the difference, as a part of A's. largest: difference, as a part of A's largest magnitude.
         fault: why no number says it: other shapes, NaN; else "".
+        by_norm: whether the norm alone counts, as where outliers are clipped on purpose.
     """
 
     norm: float
     largest: float
     fault: str = ""
+    by_norm: bool = False
 
     @property
     def value(self) -> float:
         """What is held against a tolerance; infinite where there is a fault."""
-        return math.inf if self.fault else max(self.norm, self.largest)
+        if self.fault:
+            return math.inf
+        return self.norm if self.by_norm else max(self.norm, self.largest)
 
 
 NO_ERROR = TensorError(0.0, 0.0)

@@ -29,6 +29,7 @@ from fpn_export.verification.trace import (
 )
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")  # finest first
+CALIBRATED = ("int8", "fp8")
 SAFETY = 2.0
 UNIFORM = math.sqrt(3.0)
 ROUNDINGS = {
@@ -64,6 +65,11 @@ class Tolerances:
     stages: dict[str, float]
     lost_detections: float
     ap: float
+
+    @property
+    def by_norm(self) -> bool:
+        """Whether the norm of an error counts alone: calibrated ranges clip the largest values on purpose."""
+        return self.precision in CALIBRATED
 
 
 def coarser(first: str, second: str) -> str:

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from fpn_export.verification.tensor_error import measure
+from fpn_export.verification.stage_errors import StageError
+from fpn_export.verification.tensor_error import TensorError, measure
 from fpn_export.verification.tolerances import PRECISIONS, coarser, derive
 from fpn_export.verification.trace import CLASS_LOGITS, DETECTIONS, IMAGE, PROPOSALS, PYRAMID, ROI_FEATURES
 from tests.engine.conftest import SPEC
@@ -32,6 +33,15 @@ def test_they_grow_with_depth_and_fewer_bits() -> None:
     for stage in (PROPOSALS, DETECTIONS):
         assert len({derive(SPEC, precision).stages[stage] for precision in PRECISIONS}) == 1, "float32 always"
     assert derive(SPEC, "int8").stages[IMAGE] == derive(SPEC, "fp32").stages[IMAGE]
+
+
+def test_calibrated_ranges_clip_the_largest() -> None:
+    """Only the norm is held against the tolerance, but a fault is one."""
+    came, fed = TensorError(0.05, 0.3), TensorError(math.inf, math.inf, "NaN or infinity in B")
+    assert came.value == 0.3
+    error = StageError("pyramid", "p3", came, fed).by_norm()
+    assert (error.came.value, error.fed.value) == (0.05, math.inf)
+    assert [precision for precision in PRECISIONS if derive(SPEC, precision).by_norm] == ["int8", "fp8"]
 
 
 def test_the_coarser() -> None:
