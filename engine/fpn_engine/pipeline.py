@@ -249,4 +249,9 @@ def _as_status(finite: Tensor) -> Tensor:
 
 def _finite(*tensors: Tensor) -> Tensor:
     """(N,) bool: no NaN or infinity in an image's part of any tensor. A sum carries them, at one read each."""
-    return torch.stack([t.sum(dim=tuple(range(1, t.ndim)), dtype=torch.float32) for t in tensors]).isfinite().all(dim=0)
+    sums = []
+    for t in tensors:
+        # Only float16 can overflow by it; asked for float32, torch on the CPU copies a bfloat16 map first.
+        dtype = torch.float32 if t.dtype == torch.float16 else None
+        sums.append(t.sum(dim=tuple(range(1, t.ndim)), dtype=dtype).to(torch.float32))
+    return torch.stack(sums).isfinite().all(dim=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
@@ -15,6 +16,7 @@ Run = Callable[[Sequence[Tensor], Tensor | None], Tensor]
 Weights = Mapping[str, Tensor]
 Alone = Callable[[Tensor], Tensor]
 Onto = Callable[[Tensor, Tensor], None]
+SIZES_KEPT = 4  # input sizes that a 1x1 layer's weight is kept laid out for
 # What oneDNN calls the activations that it applies within a convolution.
 _FUSED = {"none": "none", "relu": "relu", "clip": "hardtanh", "sigmoid": "sigmoid", "hardswish": "hardswish"}
 
@@ -71,22 +73,45 @@ def make_convolution(op: Conv, weights: Weights, fused: bool) -> Run:
 def _fused_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: list[int]) -> tuple[Alone, Onto]:
     """The convolution by itself, and added to what its output holds already, both by oneDNN in one go."""
     geometry = (padding, list(op.stride), list(op.dilation), op.groups)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(memory_format=torch.channels_last), padding, list(op.stride), list(op.dilation), op.groups
-    )
+    packed = _PackedWeight(weight, geometry)
     kind = op.activation.kind
     bounds = [op.activation.low, op.activation.high] if kind == "clip" else []
     relu = "relu" if kind == "relu" else None
 
     def alone(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, _FUSED[kind], bounds, "")
+        return torch.ops.mkldnn._convolution_pointwise(x, packed(x), bias, *geometry, _FUSED[kind], bounds, "")
 
     def onto(out: Tensor, x: Tensor) -> None:
-        torch.ops.mkldnn._convolution_pointwise_.binary(out, x, packed, bias, *geometry, "add", 1.0, relu, [], "")
+        torch.ops.mkldnn._convolution_pointwise_.binary(out, x, packed(x), bias, *geometry, "add", 1.0, relu, [], "")
         if relu is None:
             activate_(out, op.activation)
 
     return alone, onto
+
+
+class _PackedWeight:
+    """A convolution's weight as oneDNN wants it laid out for the size of its input.
+
+    In another layout it is laid out anew in every call, which for a 1x1 layer of many channels takes several times as
+    long as the product. The layout of larger windows does not depend on the size.
+    """
+
+    def __init__(self, weight: Tensor, geometry: tuple[list[int], list[int], list[int], int]) -> None:
+        self._weight = weight.contiguous(memory_format=torch.channels_last)
+        self._geometry = geometry
+        self._is_pointwise = tuple(weight.shape[2:]) == UNIT
+        self._packed: OrderedDict[torch.Size | None, Tensor] = OrderedDict()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = x.shape if self._is_pointwise else None
+        if size not in self._packed:
+            self._packed[size] = torch.ops.mkldnn._reorder_convolution_weight(
+                self._weight, *self._geometry, None if size is None else list(size)
+            )
+            if len(self._packed) > SIZES_KEPT:
+                self._packed.popitem(last=False)
+        self._packed.move_to_end(size)
+        return self._packed[size]
 
 
 def _plain_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: list[int]) -> tuple[Alone, Onto]:
