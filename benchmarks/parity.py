@@ -8,19 +8,12 @@ decoded pixels, pairs the detections one to one and scores each with the COCO me
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from benchmarks.provenance import describe_run
-from fpn_engine.annotations import CocoGroundTruth, load_annotations
-from fpn_export.checkpoint import load_checkpoint
+from benchmarks.photographs import read_photographs
+from fpn_engine.annotations import CocoGroundTruth
 from tests.parity.subject import Subject
 from tests.parity.test_photographs import FORMS, detect_with, score
 from tests.parity.torchvision_oracle import Comparison, Oracle, Pixels
@@ -53,19 +46,8 @@ def compare(subject: Subject, truth: CocoGroundTruth, images: dict[int, Pixels])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("annotations", type=Path)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args()
-    checkpoint = load_checkpoint(given.checkpoint)
-    subject = Subject(checkpoint.spec, checkpoint.model, checkpoint.shape.representation_size)
-    truth = load_annotations(given.annotations)
-    images = {i.id: np.array(Image.open(given.images / i.file_name).convert("RGB")) for i in truth.images}
-    names = [given.checkpoint.name, given.annotations.name, f"{given.images.name}/"]
-    run = describe_run(shlex.join(["python", "-m", "benchmarks.parity", *names]))
-    rows = [{**row, **run} for row in compare(subject, truth, images)]
+    given = read_photographs("benchmarks.parity", __doc__)
+    rows = [{**row, **given.run} for row in compare(given.subject, given.truth, given.images)]
     given.output.write_text(json.dumps(rows, indent=1) + "\n")
     json.dump(rows, sys.stdout, indent=1)
 

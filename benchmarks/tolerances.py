@@ -11,21 +11,17 @@ NMS preferred to another box of their object by less than so much of score.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from benchmarks.provenance import describe_run
-from fpn_engine.annotations import CocoGroundTruth, load_annotations
+from benchmarks.photographs import read_photographs
+from fpn_engine.annotations import CocoGroundTruth
 from fpn_engine.backends.native.cpu_convolution import Run, has_bfloat16
 from fpn_engine.backends.native.executor import CpuExecutor
 from fpn_engine.backends.native.ops import Slice
@@ -34,7 +30,6 @@ from fpn_engine.backends.native.parts import NativeHead, NativeTrunk
 from fpn_engine.backends.native.program import Program
 from fpn_engine.engine import Engine
 from fpn_engine.pipeline import Pipeline
-from fpn_export.checkpoint import load_checkpoint
 from tests.parity.subject import Subject
 from tests.parity.test_native import SURE, TIE, TWIN_IOU, TWIN_SCORE, detect_all, find_lost, iou, is_tie
 from tests.parity.test_photographs import score
@@ -179,21 +174,10 @@ def shifts(found: dict[int, Found], expected: dict[int, Found]) -> Iterator[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("annotations", type=Path)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args()
-    checkpoint = load_checkpoint(given.checkpoint)
-    subject = Subject(checkpoint.spec, checkpoint.model, checkpoint.shape.representation_size)
-    truth = load_annotations(given.annotations)
-    images = {i.id: np.array(Image.open(given.images / i.file_name).convert("RGB")) for i in truth.images}
-    names = [given.checkpoint.name, given.annotations.name, f"{given.images.name}/"]
-    run = describe_run(shlex.join(["python", "-m", "benchmarks.tolerances", *names]))
+    given = read_photographs("benchmarks.tolerances", __doc__)
     rows = []
-    for row in compare(subject, truth, images):
-        rows.append({**row, **run})
+    for row in compare(given.subject, given.truth, given.images):
+        rows.append({**row, **given.run})
         print(json.dumps(row), file=sys.stderr, flush=True)
         given.output.write_text(json.dumps(rows, indent=1) + "\n")
 

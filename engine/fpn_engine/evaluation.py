@@ -18,6 +18,7 @@ from rich.text import Text
 
 from fpn_engine.annotations import Annotation, CocoGroundTruth
 from fpn_engine.errors import AnnotationError
+from fpn_engine.recall import RecallCounter
 
 PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -132,9 +133,7 @@ def score_proposals(
     Raises: AnnotationError for an image id that the annotations do not have.
     """
     _known_ids(truth, proposals)
-    found: NDArray[np.int64] = np.zeros((4, 2, 10), np.int64)  # area range, limit, IoU
-    annotated: NDArray[np.int64] = np.zeros((4, 1, 1), np.int64)
-    # One image at a time: recall needs only counts, and all matches at once would take gigabytes.
+    counter = RecallCounter(PROPOSAL_LIMITS)
     by_image: dict[int, list[Annotation]] = defaultdict(list)
     for annotation in truth.annotations:
         by_image[annotation.image_id].append(annotation)
@@ -143,14 +142,8 @@ def score_proposals(
         evaluator = _evaluate(
             truth, by_image[image_id], results, [image_id], use_categories=False, limits=PROPOSAL_LIMITS
         )
-        for area, match in enumerate(evaluator.evalImgs):
-            if match is None:  # neither objects nor proposals
-                continue
-            annotated[area] += np.count_nonzero(match["gtIgnore"] == 0)
-            hits = (match["dtMatches"] != 0) & ~match["dtIgnore"].astype(bool)  # (IoU, proposal), best first
-            found[area] += [hits[:, :limit].sum(axis=1) for limit in PROPOSAL_LIMITS]
-    with np.errstate(invalid="ignore"):
-        recall = (found / annotated).mean(axis=2)
+        counter.add(evaluator.evalImgs)
+    recall = counter.average()
     values = (recall[0, 0], *recall[:, 1])
     return ProposalScore(**dict(zip(PROPOSAL_RECALLS, map(float, values), strict=True)))
 

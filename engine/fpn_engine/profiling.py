@@ -8,19 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fpn_engine.engine import Engine
 from fpn_engine.files import replacing
 from fpn_engine.ruler import FEWEST, WALL, Spread, Turn, take_turns
 from fpn_engine.stages import STAGES, watching
+from fpn_engine.work import Pixels
 
 WARM_UP = 3  # calls with each batch on CUDA: a graph is captured in the second
 WHOLE = "whole"
-
-Pixels = NDArray[np.uint8]
 
 
 def time_engine(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
+from fpn_engine.spec_json import JsonSpec, convert_value, whole_number
 
 MODELS = ("faster_rcnn", "fast_rcnn", "rpn")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -57,7 +57,7 @@ class RoIPoolSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(JsonSpec):
     """The whole contract of a model. Defaults are torchvision's ``fasterrcnn_resnet50_fpn``.
 
     ``model`` says which parts there are: RPN and box head, the box head alone on given proposals ("fast_rcnn"), or
@@ -204,30 +204,9 @@ class ModelSpec:
         kind = "" if self.pyramid == "fpn" else f"{self.pyramid} "
         return f"{kind}pyramid of {self.fpn_channels} channels"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON-ready values; :meth:`from_dict` gives it back unchanged."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"the model specification is not valid JSON: {error}") from None
-        return cls.from_dict(values)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a spec from JSON values. Raises SpecError for unknown keys and wrong types."""
-        if not isinstance(values, Mapping):
-            raise SpecError(f"a model specification is a JSON object, not {type(values).__name__}")
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
         known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise SpecError(f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}")
         try:
             return cls(**{name: _convert(known[name], value) for name, value in values.items()})
         except SpecError:
@@ -289,19 +268,7 @@ def _finite(value: Any) -> float:
 
 
 def _convert(known: dataclasses.Field[Any], value: Any) -> Any:
-    convert = _CONVERT.get(known.name) or _CONVERT_SCALAR[str(known.type)]
-    try:
-        return convert(value)
-    except SpecError:
-        raise
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise SpecError(f"{known.name} in the model specification has a value of the wrong form: {error}") from None
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(value)
+    return convert_value(known.name, _CONVERT.get(known.name) or _CONVERT_SCALAR[str(known.type)], value)
 
 
 def _truth(value: Any) -> bool:
@@ -321,4 +288,4 @@ _CONVERT: dict[str, Any] = {
     "bbox_reg_weights": _floats,
     "box_roi_pool": lambda values: RoIPoolSpec(**_known_keys(RoIPoolSpec, values)),
 }
-_CONVERT_SCALAR: dict[str, Any] = {"int": _integer, "float": _finite, "str": str, "bool": _truth}
+_CONVERT_SCALAR: dict[str, Any] = {"int": whole_number, "float": _finite, "str": str, "bool": _truth}

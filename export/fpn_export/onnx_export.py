@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
-import fpn_engine
 from fpn_engine.errors import ModelError
 from fpn_engine.spec import FINEST_STAGE, ModelSpec
 from fpn_export.batch_norm import fold_batch_norm
 from fpn_export.detector import DETECTORS, FpnDetector
 from fpn_export.onnx_detections import add_detections, add_proposal_detections, add_status
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
+from fpn_export.onnx_network import export_part, export_trunk, finish, rename
 from fpn_export.onnx_proposals import add_proposals, box_limits
 from fpn_export.onnx_roi_features import add_roi_features, mark_given, mark_proposed
 
-OPSET = 20
-IR_VERSION = 10  # what ONNX Runtime 1.22 and later read; onnx itself would write a newer one
 SPEC_KEY = "fpn_engine.spec"
-VERSION_KEY = "fpn_engine.version"
-# Bounds of the symbolic sizes while exporting; not limits of the file. torch.export wants a finite range.
-MAX_BATCH, MAX_CELLS = 4096, 512
 OVERRIDABLE = ("rpn_nms_thresh", "rpn_score_thresh", "box_score_thresh", "box_nms_thresh", "box_detections_per_img")
 
 
@@ -82,101 +72,20 @@ def export_onnx(
         raise ModelError(f"the model is a {type(model).__name__}, but its specification says {spec.model}")
     folded = fold_batch_norm(model)
     on_progress("trunk")
-    batch = torch.export.Dim("batch", max=MAX_BATCH)
-    h, w = (torch.export.Dim(name, max=MAX_CELLS) for name in ("h", "w"))  # in cells of C5, 32 pixels
-    trunk = _export_part(
-        _TrunkModule(folded),
-        torch.zeros(2, 3, 128, 192),
-        "image",
-        trunk_outputs(spec),
-        {"image": {0: batch, 2: 32 * h, 3: 32 * w}},
-    )
-    _upsample_by_two(trunk)
-    parts = [_rename(trunk, "trunk/")]
+    parts = [export_trunk(_TrunkModule(folded), trunk_outputs(spec))]
     if spec.has_box_head:
         on_progress("box head")
         size = spec.box_roi_pool.output_size
-        head = _export_part(
+        head = export_part(
             _HeadModule(folded),
             torch.zeros(2, spec.feature_channels, size, size),
             "roi_features",
             ["class_logits", "box_deltas"],
             {"roi_features": {0: torch.export.Dim("rois")}},
         )
-        parts.append(_rename(head, "head/"))
+        parts.append(rename(head, "head/"))
     on_progress("proposals and detections")
-    joined = _join(parts, spec)
-    try:
-        onnx.checker.check_model(joined, full_check=True)
-    except Exception as error:
-        raise ModelError(f"the exported model does not pass the ONNX checker: {error}") from error
-    return joined
-
-
-def _export_part(
-    module: nn.Module, example: Tensor, input_name: str, output_names: list[str], dynamic_shapes: dict[str, Any]
-) -> ModelProto:
-    """One neural part through torch.onnx, values and parameters named without the exporter's wrapping."""
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter warns about its own internals
-            program = torch.onnx.export(
-                module.eval(),
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[input_name],
-                output_names=output_names,
-                dynamic_shapes=dynamic_shapes,
-                verbose=False,
-            )
-    finally:
-        quiet.setLevel(level)
-    assert program is not None  # with dynamo=True and no file the exporter returns a program
-    return program.model_proto
-
-
-def _upsample_by_two(trunk: ModelProto) -> None:
-    """Give every Resize the constant scale 2 instead of a size computed from shapes.
-
-    Sides are multiples of 32, so each level is exactly twice the next; runtimes fuse a constant scale.
-    """
-    upsamplings = [node for node in trunk.graph.node if node.op_type == "Resize"]
-    if not upsamplings:
-        return
-    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], dtype=np.float32), "upsample_scales")
-    trunk.graph.initializer.append(scales)
-    for node in upsamplings:
-        node.input[:] = [node.input[0], "", scales.name]
-    needed = {value.name for value in trunk.graph.output}
-    for node in reversed(list(trunk.graph.node)):  # the sizes' computation is dead now
-        if needed.isdisjoint(node.output):
-            trunk.graph.node.remove(node)
-        else:
-            needed.update(node.input)
-
-
-def _rename(model: ModelProto, prefix: str) -> ModelProto:
-    """Give inner values ``prefix`` and parameters their state-dict names; inputs and outputs stay."""
-    fixed = {value.name for value in (*model.graph.input, *model.graph.output)}
-    parameters = {tensor.name for tensor in model.graph.initializer}
-
-    def renamed(name: str) -> str:
-        if name == "" or name in fixed:
-            return name
-        inner = name.removeprefix("model.")
-        return inner if name in parameters and inner != name else prefix + name
-
-    for tensor in model.graph.initializer:
-        tensor.name = renamed(tensor.name)
-    for node in model.graph.node:
-        node.name = prefix + node.name
-        node.input[:] = [renamed(name) for name in node.input]
-        node.output[:] = [renamed(name) for name in node.output]
-    return model
+    return _join(parts, spec)
 
 
 def _join(parts: Sequence[ModelProto], spec: ModelSpec) -> ModelProto:
@@ -218,23 +127,4 @@ def _join(parts: Sequence[ModelProto], spec: ModelSpec) -> ModelProto:
         outputs,
         initializers,
     )
-    joined = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="fpn-engine",
-        producer_version=fpn_engine.__version__,
-    )
-    helper.set_model_props(joined, {SPEC_KEY: spec.to_json(), VERSION_KEY: fpn_engine.__version__})
-    _strip_sources(joined)
-    return joined
-
-
-def _strip_sources(model: ModelProto) -> None:
-    """Remove what the exporter notes about the machine it ran on: source paths and stack traces."""
-    for node in model.graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    for tensor in model.graph.initializer:
-        tensor.ClearField("doc_string")
-        tensor.ClearField("metadata_props")
+    return finish(graph, {SPEC_KEY: spec.to_json()})

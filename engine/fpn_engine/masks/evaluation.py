@@ -17,6 +17,7 @@ from fpn_engine.errors import AnnotationError
 from fpn_engine.evaluation import ProposalScore
 from fpn_engine.masks.ground_truth import SegmentTruth, as_coco
 from fpn_engine.masks.run_lengths import RunLengths, areas_of
+from fpn_engine.recall import RecallCounter
 
 LIMITS = (10, 100, 1000)
 COLUMNS = ("AR10", "AR100", "AR1000", "AR1000s", "AR1000m", "AR1000l")
@@ -67,18 +68,11 @@ def score_segments(
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation, segment in zip(truth.truth.annotations, truth.segments, strict=True):
         by_image[annotation.image_id].append(as_coco(annotation, segment))
-    found: NDArray[np.int64] = np.zeros((4, len(LIMITS), 10), np.int64)  # area range, limit, IoU
-    annotated: NDArray[np.int64] = np.zeros((4, 1, 1), np.int64)
-    for image_id in chosen:  # recall needs only counts, and all matches at once would take gigabytes
+    counter = RecallCounter(LIMITS)
+    for image_id in chosen:
         results = _as_results(image_id, proposals.get(image_id), sizes[image_id])
-        for area, match in enumerate(_match(image_id, by_image[image_id], results)):
-            if match is None:  # neither objects nor proposals
-                continue
-            annotated[area] += np.count_nonzero(match["gtIgnore"] == 0)
-            hits = (match["dtMatches"] != 0) & ~match["dtIgnore"].astype(bool)  # (IoU, proposal), best first
-            found[area] += [hits[:, :limit].sum(axis=1) for limit in LIMITS]
-    with np.errstate(invalid="ignore"):
-        recall = (found / annotated).mean(axis=2)
+        counter.add(_match(image_id, by_image[image_id], results))
+    recall = counter.average()
     values = (*recall[0], *recall[1:, -1])
     return SegmentScore(**dict(zip(COLUMNS, map(float, values), strict=True)))
 

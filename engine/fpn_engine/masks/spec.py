@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 from fpn_engine.errors import SpecError
 from fpn_engine.spec import OBJECT, Category, ModelSpec
+from fpn_engine.spec_json import JsonSpec, convert_value, whole_number
 
 MODEL = "fpn_masks"
 FINEST_LEVEL, COARSEST_LEVEL = 2, 6
@@ -34,7 +34,7 @@ SEVEN = MaskHead(kernel=7, octave=0.5)  # 7 is about 5 sqrt(2), so windows and o
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MaskSpec:
+class MaskSpec(JsonSpec):
     """The whole contract of a mask-proposal model. The defaults are the paper's: both MLPs, 14x14 masks, ResNet-50.
 
     An object of scale s, the larger of its width and height, belongs to the head and level whose
@@ -127,32 +127,10 @@ class MaskSpec:
         """Side of the square that a mask covers: 40..640, sqrt(2) more for the second head."""
         return (1 + self.padding) * self.object_size(head, level)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON-ready values; :meth:`from_dict` gives it back unchanged."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"the model specification is not valid JSON: {error}") from None
-        return cls.from_dict(values)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a spec from JSON values. Raises SpecError for unknown keys and wrong types."""
-        if not isinstance(values, Mapping):
-            raise SpecError(f"a model specification is a JSON object, not {type(values).__name__}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise SpecError(f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}")
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
         shared = _read_shared({name: values[name] for name in SHARED if name in values})
-        own = {name: _convert(name, value) for name, value in values.items() if name not in SHARED}
+        own = {name: convert_value(name, _CONVERT[name], v) for name, v in values.items() if name not in SHARED}
         return cls(**{name: getattr(shared, name) for name in SHARED if name in values}, **own)
 
 
@@ -197,19 +175,6 @@ def _is_window(kernel: int) -> bool:
     return kernel % 2 == 1 and 1 <= kernel <= MAX_KERNEL
 
 
-def _convert(name: str, value: Any) -> Any:
-    try:
-        return _CONVERT[name](value)
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise SpecError(f"{name} in the model specification has a value of the wrong form: {error}") from None
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(value)
-
-
 def _finite(value: Any) -> float:
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError(f"{value!r} is not a finite number")
@@ -220,17 +185,17 @@ def _read_head(value: Mapping[str, Any]) -> MaskHead:
     unknown = sorted(set(value) - {"kernel", "octave"})
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r} in a head")
-    return MaskHead(kernel=_integer(value["kernel"]), octave=_finite(value.get("octave", 0.0)))
+    return MaskHead(kernel=whole_number(value["kernel"]), octave=_finite(value.get("octave", 0.0)))
 
 
 _CONVERT: dict[str, Any] = {
     "model": str,
-    "hidden_channels": _integer,
+    "hidden_channels": whole_number,
     "heads": lambda values: tuple(_read_head(value) for value in values),
-    "mask_size": _integer,
-    "canonical_level": _integer,
-    "canonical_size": _integer,
+    "mask_size": whole_number,
+    "canonical_level": whole_number,
+    "canonical_size": whole_number,
     "padding": _finite,
-    "masks_per_img": _integer,
+    "masks_per_img": whole_number,
     "mask_thresh": _finite,
 }

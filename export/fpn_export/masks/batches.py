@@ -14,14 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from fpn_engine.masks.run_lengths import Masks
 from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.proposals import Boxes
-from fpn_engine.resizing import padded_size, resized_size
 from fpn_export.masks.examples import MaskExample, MaskExamples
 from fpn_export.training.augmentation import augment
-from fpn_export.training.batches import BatchOrder, Place
+from fpn_export.training.batches import BatchOrder, Place, assemble
 from fpn_export.training.examples import Example
 from fpn_export.training.randomness import AUGMENTATION, random_state
 from fpn_export.training.recipe import Recipe
-from fpn_kernels import pack_images, preprocess
 
 
 class MaskObjects(NamedTuple):
@@ -80,22 +78,7 @@ class _Collate:
         self._spec = spec
 
     def __call__(self, drawn: Sequence[tuple[MaskExample, float]]) -> MaskBatch:
-        spec = self._spec
-        sizes = [
-            resized_size(
-                e.pixels.shape[0], e.pixels.shape[1], round(spec.min_size * factor), round(spec.max_size * factor)
-            )
-            for e, factor in drawn
-        ]
-        padded = padded_size((max(h for h, _ in sizes), max(w for _, w in sizes)), spec.size_divisor)
-        images = preprocess(
-            *pack_images([torch.from_numpy(example.pixels) for example, _ in drawn]),
-            torch.tensor(sizes, dtype=torch.int64),
-            padded,
-            spec.image_mean,
-            spec.image_std,
-            reverse_channels=spec.channel_order == "bgr",
-        )
+        images, sizes = assemble([e.pixels for e, _ in drawn], [factor for _, factor in drawn], self._spec)
         objects = []
         for (example, _), (h, w) in zip(drawn, sizes, strict=True):
             scale = np.array([example.pixels.shape[1] / w, example.pixels.shape[0] / h], np.float32)

@@ -5,29 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import numpy as np
-import onnx
-import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
-import fpn_engine
-from fpn_engine.errors import ModelError
 from fpn_engine.masks.spec import MaskSpec
 from fpn_export.batch_norm import fold_batch_norm
 from fpn_export.masks.model import FpnMasks
 from fpn_export.onnx_boxes import best, pick
-from fpn_export.onnx_export import (
-    IR_VERSION,
-    MAX_BATCH,
-    MAX_CELLS,
-    OPSET,
-    VERSION_KEY,
-    _export_part,
-    _rename,
-    _strip_sources,
-    _upsample_by_two,
-)
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
+from fpn_export.onnx_network import export_trunk, finish
 
 MASK_SPEC_KEY = "fpn_engine.mask_spec"
 
@@ -57,13 +43,8 @@ def export_mask_onnx(model: FpnMasks, *, on_progress: Callable[[str], None] = la
     """
     spec, folded = model.spec, fold_batch_norm(model)
     on_progress("trunk")
-    batch = torch.export.Dim("batch", max=MAX_BATCH)
-    h, w = (torch.export.Dim(name, max=MAX_CELLS) for name in ("h", "w"))  # in cells of C5, 32 pixels
     names = [*spec.level_names, *(f"scores_{level}" for level in spec.level_names)]
-    shapes = {"image": {0: batch, 2: 32 * h, 3: 32 * w}}
-    trunk = _export_part(_TrunkModule(folded), torch.zeros(2, 3, 128, 192), "image", names, shapes)
-    _upsample_by_two(trunk)
-    _rename(trunk, "trunk/")
+    trunk = export_trunk(_TrunkModule(folded), names)
     on_progress("winners and masks")
     g = OnnxGraph("mask_")
     _add_winners(g, spec)
@@ -85,20 +66,7 @@ def export_mask_onnx(model: FpnMasks, *, on_progress: Callable[[str], None] = la
         ],
         [*trunk.graph.initializer, *g.initializers],
     )
-    joined = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="fpn-engine",
-        producer_version=fpn_engine.__version__,
-    )
-    helper.set_model_props(joined, {MASK_SPEC_KEY: spec.to_json(), VERSION_KEY: fpn_engine.__version__})
-    _strip_sources(joined)
-    try:
-        onnx.checker.check_model(joined, full_check=True)
-    except Exception as error:
-        raise ModelError(f"the exported model does not pass the ONNX checker: {error}") from error
-    return joined
+    return finish(graph, {MASK_SPEC_KEY: spec.to_json()})
 
 
 def _add_winners(g: OnnxGraph, spec: MaskSpec) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
+from fpn_engine.work import Pixels
 from fpn_export.training.augmentation import augment
 from fpn_export.training.examples import Example, Examples
 from fpn_export.training.randomness import AUGMENTATION, ORDER, random_state
@@ -105,6 +107,25 @@ class _Augmented(Dataset[tuple[Example, float]]):
         return augment(self._examples[place.image], self._recipe, random)
 
 
+def assemble(
+    pixels: Sequence[Pixels], factors: Sequence[float], spec: ModelSpec | MaskSpec
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """(N, 3, H, W) float32, resized by ``factors`` beside the usual, normalised and padded, and the resized sizes."""
+    sizes = [
+        resized_size(image.shape[0], image.shape[1], round(spec.min_size * factor), round(spec.max_size * factor))
+        for image, factor in zip(pixels, factors, strict=True)
+    ]
+    images = preprocess(
+        *pack_images([torch.from_numpy(image) for image in pixels]),
+        torch.tensor(sizes, dtype=torch.int64),
+        padded_size((max(h for h, _ in sizes), max(w for _, w in sizes)), spec.size_divisor),
+        spec.image_mean,
+        spec.image_std,
+        reverse_channels=spec.channel_order == "bgr",
+    )
+    return images, sizes
+
+
 class _Collate:
     """Resize, normalise and pad as inference does."""
 
@@ -112,30 +133,14 @@ class _Collate:
         self._spec = spec
 
     def __call__(self, drawn: Sequence[tuple[Example, float]]) -> Batch:
-        spec = self._spec
-        sizes = [
-            resized_size(
-                e.pixels.shape[0], e.pixels.shape[1], round(spec.min_size * factor), round(spec.max_size * factor)
-            )
-            for e, factor in drawn
-        ]
-        padded = padded_size((max(h for h, _ in sizes), max(w for _, w in sizes)), spec.size_divisor)
-        image_sizes = torch.tensor(sizes, dtype=torch.int64)
-        images = preprocess(
-            *pack_images([torch.from_numpy(example.pixels) for example, _ in drawn]),
-            image_sizes,
-            padded,
-            spec.image_mean,
-            spec.image_std,
-            reverse_channels=spec.channel_order == "bgr",
-        )
+        images, sizes = assemble([e.pixels for e, _ in drawn], [factor for _, factor in drawn], self._spec)
         objects, proposals = [], []
         for (example, _), (h, w) in zip(drawn, sizes, strict=True):
             ratio = np.array([w, h, w, h], np.float32) / np.array(example.pixels.shape[1::-1] * 2, np.float32)
             objects.append(Objects(torch.from_numpy(example.boxes * ratio), torch.from_numpy(example.labels)))
             if example.proposals is not None:
                 proposals.append(torch.from_numpy(example.proposals * ratio))
-        return Batch(images, image_sizes, objects, proposals or None)
+        return Batch(images, torch.tensor(sizes, dtype=torch.int64), objects, proposals or None)
 
 
 def make_loader(

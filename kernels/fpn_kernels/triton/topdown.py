@@ -7,8 +7,6 @@ channels times the weight on tensor cores; bias and coarser row are added in flo
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,24 +14,14 @@ from torch import Tensor
 
 from fpn_kernels.topdown import memory_format_of
 from fpn_kernels.triton.builds import Build
+from fpn_kernels.triton.tiles import FLOAT32_TILE, Tile
 
 MERGE_BYTES = 4096  # of the coarser level per program: two 128-bit loads per thread, and eight of the lateral
-
-
-class Tile(NamedTuple):
-    """What one program of the convolution computes: rows x columns, ``k`` channels at a time, in how many stages."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
 
 
 # Largest first: a larger one reads less from L2, a smaller one fills more multiprocessors. 96 KB of shared memory at
 # most, so that two programs fit where there are 227 KB and one where there are 99.
 TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 128, 4, 3), Tile(64, 32, 64, 4, 8))
-FLOAT32_TILE = Tile(64, 64, 32, 4, 3)  # no tensor cores: exact products
 FILLED = 0.75  # of the multiprocessors; 120 large tiles on 132 of them beat 240 small ones
 
 

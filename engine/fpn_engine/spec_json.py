@@ -1,0 +1,63 @@
+"""Specifications as JSON: what those of detectors and of mask proposals have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fpn_engine.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonSpec:
+    """A dataclass that is stored as a JSON object; one with fields says how :meth:`from_values` converts them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON-ready values; :meth:`from_dict` gives it back unchanged."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"the model specification is not valid JSON: {error}") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a spec from JSON values. Raises SpecError for unknown keys and wrong types."""
+        if not isinstance(values, Mapping):
+            raise SpecError(f"a model specification is a JSON object, not {type(values).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise SpecError(f"unknown key {unknown[0]!r} in the model specification; known keys: {', '.join(known)}")
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Build a spec from JSON values of known keys. Raises SpecError for wrong types."""
+        raise NotImplementedError
+
+
+def convert_value(name: str, convert: Any, value: Any) -> Any:
+    """``convert(value)``, whose errors name the field as SpecErrors."""
+    try:
+        return convert(value)
+    except SpecError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise SpecError(f"{name} in the model specification has a value of the wrong form: {error}") from None
+
+
+def whole_number(value: Any) -> int:
+    """Raises ValueError for a fraction or a truth value."""
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
