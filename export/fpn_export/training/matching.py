@@ -10,8 +10,9 @@ BACKGROUND, IGNORED = -1, -2
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of every pair: (M, 4) and (N, 4) boxes to (M, N)."""
-    overlap = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=0)
-    intersection = overlap.prod(dim=-1)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.T[:, :, None].contiguous(), b.T.contiguous()
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
+    intersection = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0).mul_(width)
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=-1) for boxes in (a, b)]
     return intersection / (areas[0][:, None] + areas[1] - intersection)
 

@@ -81,9 +81,8 @@ class Trainer:
         shared_frozen: bool = False,
         validation: Validation | None = None,
     ) -> None:
-        self.model = model.to(processes.device)
-        if processes.device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)  # what its convolutions compute in
+        # Channels last is what convolutions compute in, on CUDA and in oneDNN.
+        self.model = model.to(processes.device).to(memory_format=torch.channels_last)
         self._examples, self._recipe, self.folder, self._processes = examples, recipe, folder, processes
         self._habits = habits or Habits()
         self._validation = validation
