@@ -49,6 +49,7 @@ from fpn_engine.backends.native.ops import (
     Upsample,
 )
 from fpn_engine.backends.native.program import Program
+from fpn_engine.backends.native.winograd import WinogradWeights
 
 DTYPES = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 
@@ -63,24 +64,27 @@ def make_runs(program: Program, weights: Weights) -> list[Run]:
 
     oneDNN's ReLU makes 0 of NaN, behind which a broken network would look sound. A network of finite tensors makes NaN
     only of sums above 3e38, but one with NaN or infinity among its tensors, or in float16, whose largest number is
-    65504, runs without oneDNN's activations. Few processors compute in float16, and so it is computed in float32 and
-    rounded once per operation, as on a GPU; that is slow.
+    65504, runs without oneDNN's activations and without Winograd's tiles. Few processors compute in float16, and so it
+    is computed in float32 and rounded once per operation, as on a GPU; that is slow.
     """
     dtypes = program.dtypes()
     finite = FLOAT16 not in dtypes.values() and all(bool(tensor.isfinite().all()) for tensor in weights.values())
     fused = finite and has_fused_convolution()
+    transformed = WinogradWeights(weights) if finite else None
     runs = []
     for op in program.ops:
         if op.VIEW or not (dtypes[op.inputs[0]] == FLOAT16 or (isinstance(op, (Conv, Linear)) and op.dtype)):
-            runs.append(make_run(op, weights, fused))
+            runs.append(make_run(op, weights, fused, transformed))
         else:
             runs.append(make_exact_run(op, weights, DTYPES[dtypes[op.output]]))
     return runs
 
 
-def make_run(op: Op, weights: Weights, fused: bool = False) -> Run:
-    """The function of one operation, in the number type of its inputs; ``fused`` is of oneDNN's convolutions."""
-    return make_convolution(op, weights, fused) if isinstance(op, Conv) else _MAKERS[type(op)](op, weights)
+def make_run(op: Op, weights: Weights, fused: bool = False, transformed: Weights | None = None) -> Run:
+    """The function of one operation, in the number type of its inputs; the rest is of :func:`make_convolution`."""
+    if isinstance(op, Conv):
+        return make_convolution(op, weights, fused, transformed)
+    return _MAKERS[type(op)](op, weights)
 
 
 def make_exact_run(op: Op, weights: Weights, dtype: torch.dtype) -> Run:

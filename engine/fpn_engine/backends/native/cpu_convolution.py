@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fpn_engine.backends.native import winograd
 from fpn_engine.backends.native.ops import UNIT, Activation, Conv, Padding, Pair
 
 Run = Callable[[Sequence[Tensor], Tensor | None], Tensor]
@@ -44,8 +45,26 @@ def has_bfloat16() -> bool:
         return False
 
 
-def make_convolution(op: Conv, weights: Weights, fused: bool) -> Run:
-    """The function of a convolution; ``fused`` lets oneDNN apply the activation, and its ReLU makes 0 of NaN."""
+def make_convolution(op: Conv, weights: Weights, fused: bool, transformed: Weights | None = None) -> Run:
+    """The function of a convolution; ``fused`` lets oneDNN apply the activation, and its ReLU makes 0 of NaN.
+
+    ``transformed``: the weights as :mod:`winograd` wants them, for what suits it; None is without it.
+    """
+    direct = _make_direct(op, weights, fused)
+    if transformed is None or not winograd.suits(op, weights[op.weight]):
+        return direct
+    bias = None if op.bias is None else weights[op.bias]
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        if not winograd.pays(inputs[0].shape):
+            return direct(inputs, out)
+        residual = _own(inputs[1], out) if len(inputs) == 2 else None
+        return activate_(winograd.convolve(inputs[0], transformed[op.weight], bias, residual), op.activation)
+
+    return run
+
+
+def _make_direct(op: Conv, weights: Weights, fused: bool) -> Run:
     weight = nchw(weights[op.weight])
     bias = None if op.bias is None else weights[op.bias]
     whole = is_symmetric(op.padding)
@@ -62,12 +81,19 @@ def make_convolution(op: Conv, weights: Weights, fused: bool) -> Run:
         residual = inputs[1]
         if op.upsample != UNIT:
             out = upsample_into(residual, op.upsample, out)
-        elif out is None or out.data_ptr() != residual.data_ptr():
-            out = residual.clone() if out is None else out.copy_(residual)
+        else:
+            out = _own(residual, out)
         add_convolution(nchw(out), x)
         return out
 
     return run
+
+
+def _own(residual: Tensor, out: Tensor | None) -> Tensor:
+    """``residual`` where it may be written onto: in ``out``, which it may lie in already."""
+    if out is None:
+        return residual.clone()
+    return out if out.data_ptr() == residual.data_ptr() else out.copy_(residual)
 
 
 def _fused_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: list[int]) -> tuple[Alone, Onto]:
