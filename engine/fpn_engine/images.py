@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import stat
 import sys
-import threading
-from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from fpn_engine.errors import ImageError
+from fpn_engine.image_file import MAX_PIXELS, OpenImage, describe, open_image
 
 if TYPE_CHECKING:  # torch takes seconds to import and reading files does not need it
     import torch
 
     ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor
 
-MAX_PIXELS = 1024**3 // 4 // 3  # 89,478,485: a quarter of a GiB as RGB; the limit Pillow itself warns at
-
-# Formats with a signature, decoded inside this process. EPS is left out since Pillow hands it to Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-
 _LOGGER = logging.getLogger("fpn_engine")
-_RAISE_LIMIT = "raise the limit with --max-pixels (max_pixels= in Python)"
 _ALLOWED = "uint8, (H, W, 3) RGB, (H, W, 4) RGBA, (H, W) or (H, W, 1) grey"
 _ALLOWED_TENSOR = "uint8, (3, H, W) or (H, W, 3) RGB, (H, W) grey"
 
@@ -84,81 +75,21 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     unknown. A garbage orientation is ignored; Pillow's UserWarnings on damaged metadata pass through.
 
     Args:
-        path: a regular file, or a link to one, in one of ``FORMATS``.
+        path: a regular file, or a link to one, in one of ``image_file.FORMATS``.
         max_pixels: refuse an image with more pixels, by its header, before anything is decoded. It alone
             decides: above Pillow's own limit, Pillow's is lifted for the process while this reads.
     Raises: ImageError, one sentence with the name of the file.
     """
-    name = repr(os.fspath(path))
-    lifted = _PILLOW_LIMIT.lifted() if max_pixels > MAX_PIXELS else contextlib.nullcontext()
-    with _open_regular(path, name) as file, lifted:
-        image = _read_header(file, name, max_pixels)
-        rgb = _decode(image, name)
-        if _has_more_frames(image):
-            _LOGGER.warning("%s has more than one frame; only the first is used", name)
-        return rgb
+    with open_image(path, max_pixels) as opened:
+        return decode_image(opened)
 
 
-def _open_regular(path: str | os.PathLike[str], name: str) -> IO[bytes]:
-    """Open a regular file; anything else is refused unopened, as opening a FIFO would block."""
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(f"{name} is a folder, not an image file")
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{name} is not a regular file; copy its contents to one")
-        if status.st_size == 0:
-            raise ImageError(f"{name} is an empty file")
-        return open(path, "rb")
-    except FileNotFoundError:
-        what = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
-        raise ImageError(f"{name} {what}") from None
-    except OSError as error:
-        raise ImageError(f"{name} cannot be opened: {error.strerror}") from error
-    except ValueError as error:  # a null character in the name
-        raise ImageError(f"{name} cannot be opened: {error}") from error
-
-
-def _read_header(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
-    """The image with its header read, its size checked and no pixel decoded.
-
-    The plugins are called directly, since Image.open would apply Pillow's limit and try every format.
-    They get no file name: with one, Pillow maps the file into memory and dies if it shrinks meanwhile.
-    """
-    Image.init()
-    prefix = file.read(16)
-    for format in filter(Image.OPEN.__contains__, FORMATS):
-        read_format, accept = Image.OPEN[format]
-        accepted = accept is not None and accept(prefix)
-        if isinstance(accepted, str):  # known, but left out of this build of Pillow
-            raise ImageError(f"{name} cannot be read: {accepted}")
-        if not accepted:
-            continue
-        try:
-            file.seek(0)
-            image = read_format(file, "")
-            _require_max_pixels(image.size, name, max_pixels)
-            if format == "PNG":  # load() skips the checksums of pixel chunks, verify() uses the image up
-                image.verify()
-                file.seek(0)
-                image = read_format(file, "")
-            return image
-        except ImageError:
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError(f"{name} has too many pixels for Pillow: {error}; {_RAISE_LIMIT}") from error
-        except SyntaxError as error:
-            raise ImageError(f"{name} has a damaged {format} header or no pixels ({_reason(error)})") from error
-        except Exception as error:  # whatever a decoder stumbles over in hostile bytes
-            raise ImageError(f"{name} is a damaged {format} file: {_reason(error)}") from error
-    raise ImageError(f"{name} is not an image in a known format ({', '.join(FORMATS)})")
-
-
-def _require_max_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        given = f"{width} x {height} = {width * height:,} pixels"
-        raise ImageError(f"{name} has {given}, above the limit of {max_pixels:,}; {_RAISE_LIMIT}")
+def decode_image(opened: OpenImage) -> NDArray[np.uint8]:
+    """Decode the first frame of an opened file; the rules are in :func:`read_image`."""
+    rgb = _decode(opened.image, opened.name)
+    if _has_more_frames(opened.image):
+        _LOGGER.warning("%s has more than one frame; only the first is used", opened.name)
+    return rgb
 
 
 def _decode(image: Image.Image, name: str) -> NDArray[np.uint8]:
@@ -166,7 +97,7 @@ def _decode(image: Image.Image, name: str) -> NDArray[np.uint8]:
     _require_known_scale(image, name)
     try:
         image.load()  # before the orientation is read: a TIFF turns itself
-        upright = _UPRIGHT.get(_orientation(image))
+        upright = _UPRIGHT.get(orientation(image))
         if image.mode.startswith("I"):
             image = Image.fromarray(_scale_16_bit(np.asarray(image)))
         if image.mode in _CONVERT_FIRST:
@@ -175,7 +106,7 @@ def _decode(image: Image.Image, name: str) -> NDArray[np.uint8]:
             image = image.convert("RGB")
         return np.array(image if upright is None else image.transpose(upright))
     except Exception as error:  # whatever a decoder stumbles over in hostile bytes
-        raise ImageError(f"{name} cannot be decoded: {_reason(error)}") from error
+        raise ImageError(f"{name} cannot be decoded: {describe(error)}") from error
 
 
 def _require_known_scale(image: Image.Image, name: str) -> None:
@@ -200,7 +131,7 @@ def _scale_16_bit(grey: NDArray[Any]) -> NDArray[np.uint8]:
     return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _orientation(image: Image.Image) -> Any:
+def orientation(image: Image.Image) -> Any:
     """The EXIF orientation; garbage there is common in old photographs and no reason to lose them."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
@@ -213,11 +144,6 @@ def _has_more_frames(image: Image.Image) -> bool:
         return getattr(image, "is_animated", False) and image.format != "MPO"
     except Exception:  # there is a second frame, but a damaged one
         return True
-
-
-def _reason(error: Exception) -> str:
-    """What Pillow says, on one line; some of its errors say nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -249,29 +175,3 @@ def _require_uint8(ok: bool, given: str, allowed: str) -> None:
     if not ok:
         remedy = "scale it, e.g. (image * 255).round() for 0..1 or image / 257 for 16 bits, and cast to uint8"
         raise ImageError(f"{given} is refused, as its scale is unknown: it must be {allowed}; {remedy}")
-
-
-class _PillowLimit:
-    """Pillow's limit is one number for the process: out of the way while any thread reads above it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._readers = 0
-        self._limit: int | None = None
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        with self._lock:
-            if self._readers == 0:
-                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, sys.maxsize
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._readers -= 1
-                if self._readers == 0:
-                    Image.MAX_IMAGE_PIXELS = self._limit
-
-
-_PILLOW_LIMIT = _PillowLimit()

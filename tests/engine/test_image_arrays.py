@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from fpn_engine.errors import ImageError
-from fpn_engine.images import FORMATS, to_array
+from fpn_engine.image_file import FORMATS
+from fpn_engine.images import to_array
 from tests.engine.image_files import PIXELS, photograph, save
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from fpn_engine.errors import ImageError
-from fpn_engine.images import MAX_PIXELS, read_image, to_array
+from fpn_engine.image_file import MAX_PIXELS
+from fpn_engine.images import read_image, to_array
 from tests.engine.image_files import PIXELS, photograph, refuse, save, write_png
 
 # Damaged files

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fpn_engine.errors import ImageError
-from fpn_engine.images import FORMATS
+from fpn_engine.image_file import FORMATS
 from fpn_engine.sources import SUFFIXES, list_images
 
 

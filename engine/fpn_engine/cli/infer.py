@@ -238,6 +238,7 @@ def _unfinished(paths: list[Path], output: Path) -> list[Path]:
 
 
 def _reader(max_pixels: int | None) -> Any:
-    from fpn_engine.images import MAX_PIXELS, read_image
+    from fpn_engine.image_file import MAX_PIXELS
+    from fpn_engine.images import read_image
 
     return functools.partial(read_image, max_pixels=max_pixels or MAX_PIXELS)
