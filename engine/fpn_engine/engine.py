@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,12 +18,13 @@ from fpn_engine.detections import Detections
 from fpn_engine.errors import DeviceMemoryError, FpnEngineError, ImageError, OptionError, ProposalError
 from fpn_engine.images import to_array
 from fpn_engine.light import is_light
+from fpn_engine.load_options import LoadOptions, decodes_on_gpu
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
-from fpn_engine.reading import ReadAhead, ReadItem
+from fpn_engine.reading import ReadAhead, ReadImage, ReadItem
 from fpn_engine.spec import ModelSpec
-from fpn_engine.tasks import Group, Runner, Task, Thresholds
-from fpn_engine.work import Outcome, Pixels, Window, Work, name_error
+from fpn_engine.tasks import AnyPixels, Group, Runner, Task, Thresholds
+from fpn_engine.work import Outcome, Window, Work, name_error
 
 if TYPE_CHECKING:  # torch is imported where it is needed, which for a light plan is nowhere
     import torch
@@ -33,27 +34,6 @@ if TYPE_CHECKING:  # torch is imported where it is needed, which for a light pla
     from fpn_engine.pipeline import Pipeline
 
 MAX_READERS = 16  # threads that decode for a GPU; for the CPU, which has its own work, there is one
-
-
-class LoadOptions(TypedDict, total=False):
-    """How a plan is made ready; what is not said here is said at :class:`Engine`.
-
-    Attributes:
-        threads: CPU threads of the neural parts, None takes one per core.
-        device: "cpu", "cuda" or "cuda:1", of the kind that the plan was built for; None takes that kind's current one.
-        streams: on CUDA, how many groups of images compute at once, each on parts and buffers of its own: more
-            throughput where one group does not fill the device, for latency and memory.
-        images: how many there will be, where that is known; see :func:`fpn_engine.light.is_light`.
-    """
-
-    batch_size: int
-    threads: int | None
-    device: str | None
-    streams: int
-    buckets: int | Sequence[Size] | None
-    graphs: bool
-    graph_memory: int | None
-    images: int | None
 
 
 class Engine:
@@ -71,6 +51,7 @@ class Engine:
             which needs the memory, or one that cannot be captured. graph_memory: their limit in bytes, None takes half
             of what is free.
         runner: how groups are run; None takes what suits the device. A light runner is its own detector.
+        read: makes pixels of images, in host memory or on the pipeline's device.
     """
 
     def __init__(
@@ -82,6 +63,7 @@ class Engine:
         graphs: bool = True,
         graph_memory: int | None = None,
         runner: Runner | None = None,
+        read: ReadImage = to_array,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -95,15 +77,17 @@ class Engine:
 
             runner = make_runner(pipelines, batch_size, graphs=graphs, graph_memory=graph_memory)
         self._runner = runner
+        self.read = read
 
     @classmethod
     def from_plan(cls, plan: Plan, **options: Unpack[LoadOptions]) -> Self:
         """Make a plan ready.
 
         Raises: PlanError if it was built for something else than what is here, BackendError for a device that is not
-            here, OptionError for streams or buckets that it has not.
+            here or a decoder that is not, OptionError for streams, buckets or decoding that it has not.
         """
         threads, streams = options.get("threads"), options.get("streams", 1)
+        on_gpu = decodes_on_gpu(options, plan.manifest)
         if is_light(plan.manifest, options.get("images"), options.get("device"), streams):
             from fpn_engine.light.runner import LightRunner
 
@@ -118,6 +102,11 @@ class Engine:
         device = choose_device(plan.manifest, options.get("device"))
         if streams < 1 or (streams > 1 and device.type == "cpu"):
             raise OptionError(f"streams must be at least 1, and 1 on the CPU, not {streams}")
+        read: ReadImage = to_array
+        if on_gpu:
+            from fpn_engine.runtime.device_reader import make_cuda_reader
+
+            read = make_cuda_reader(device)
         spec = plan.manifest.spec
         return cls(
             [Pipeline(spec, *load_parts(plan, threads, device), device) for _ in range(streams)],
@@ -125,6 +114,7 @@ class Engine:
             buckets=options.get("buckets"),
             graphs=options.get("graphs", True),
             graph_memory=options.get("graph_memory"),
+            read=read,
         )
 
     @classmethod
@@ -191,7 +181,7 @@ class Engine:
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         self._check_proposals(proposals is not None)
         given = None if proposals is None else as_boxes(proposals, len(listed))
-        results = self._begin(_read_all(listed), thresholds, given).finish()
+        results = self._begin(self._read_all(listed), thresholds, given).finish()
         found = []
         for number, (image, result) in enumerate(zip(listed, results, strict=True)):
             if isinstance(result, FpnEngineError):
@@ -205,7 +195,7 @@ class Engine:
         *,
         thresholds: Thresholds | None = None,
         proposals: Callable[[str], ProposalBoxes] | None = None,
-        read: Callable[[str | os.PathLike[str]], Pixels] = to_array,
+        read: Callable[[str | os.PathLike[str]], AnyPixels] | None = None,
     ) -> Iterator[Outcome]:
         """Detect in files one after another, in order and in bounded memory; a bad file is an outcome, not an end.
 
@@ -213,8 +203,8 @@ class Engine:
         one that begins later. Closing the generator ends the threads.
 
         Args:
-            read: is called in those threads. proposals: gives a Fast R-CNN those of the image at a path; what it raises
-                as FpnEngineError is an outcome.
+            read: is called in those threads; None takes the engine's own. proposals: gives a Fast R-CNN those of the
+                image at a path; what it raises as FpnEngineError is an outcome.
         """
         self._check_proposals(proposals is not None)
         thresholds = thresholds or Thresholds.of(self.spec)
@@ -222,7 +212,7 @@ class Engine:
         # A window of several batches, so that mixed sizes still fill batches of one size.
         window = self.batch_size if self.batch_size == 1 else 4 * self.batch_size
         under_way: deque[Window] = deque()
-        with ReadAhead(paths, read, threads=readers, ahead=max(readers, window)) as reading:
+        with ReadAhead(paths, read or self.read, threads=readers, ahead=max(readers, window)) as reading:
             while items := reading.take(window):
                 under_way.append(self._begin_window(items, thresholds, proposals))
                 while under_way and sum(len(w.batches) for w in list(under_way)[1:]) >= self._runner.depth:
@@ -240,7 +230,7 @@ class Engine:
             raise ProposalError("a Fast R-CNN has no RPN and proposes nothing")
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         found = []
-        for number, result in enumerate(self._begin(_read_all(listed), None, None).finish()):
+        for number, result in enumerate(self._begin(self._read_all(listed), None, None).finish()):
             if isinstance(result, FpnEngineError):
                 raise name_error(result, _source(listed[number]) or f"image {number}")
             found.append(ProposalBoxes(result.boxes, result.scores))
@@ -260,14 +250,26 @@ class Engine:
         if not given and not self.spec.has_rpn:
             raise ProposalError("this model is a Fast R-CNN, which detects among given proposals; give them too")
 
+    def _read_all(self, images: Sequence[Any]) -> list[AnyPixels]:
+        """The pixels of each; an error says which of several it was, unless it is a file, whose name is in it."""
+        pixels = []
+        for number, image in enumerate(images):
+            try:
+                pixels.append(self.read(image))
+            except ImageError as error:
+                if len(images) == 1 or _source(image) is not None:
+                    raise
+                raise ImageError(f"image {number}: {error}") from error
+        return pixels
+
     def _begin_window(
         self,
-        items: Sequence[ReadItem[Pixels]],
+        items: Sequence[ReadItem[AnyPixels]],
         thresholds: Thresholds,
         proposals: Callable[[str], ProposalBoxes] | None,
     ) -> Window:
         """Begin with what could be read."""
-        read: list[tuple[str, Pixels | FpnEngineError]] = []
+        read: list[tuple[str, AnyPixels | FpnEngineError]] = []
         given: list[Boxes] = []
         for path, result in items:
             source = os.fspath(path)
@@ -280,7 +282,7 @@ class Engine:
         images = [result for _, result in read if not isinstance(result, FpnEngineError)]
         return Window(read, self._begin(images, thresholds, given if proposals else None))
 
-    def _begin(self, images: Sequence[Pixels], thresholds: Thresholds | None, given: Sequence[Boxes] | None) -> Work:
+    def _begin(self, images: Sequence[AnyPixels], thresholds: Thresholds | None, given: Sequence[Boxes] | None) -> Work:
         """Begin to detect, or without thresholds to propose, in images of any sizes."""
         work = Work(self.spec, images)
         shapes = [(image.shape[0], image.shape[1]) for image in images]
@@ -315,16 +317,3 @@ class Engine:
 def _source(image: Any) -> str | None:
     """The name of an image that was given as a path."""
     return str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else None
-
-
-def _read_all(images: Sequence[Any]) -> list[Pixels]:
-    """The pixels of each; an error says which of several it was, unless it is a file, whose name is in it."""
-    pixels = []
-    for number, image in enumerate(images):
-        try:
-            pixels.append(to_array(image))
-        except ImageError as error:
-            if len(images) == 1 or _source(image) is not None:
-                raise
-            raise ImageError(f"image {number}: {error}") from error
-    return pixels

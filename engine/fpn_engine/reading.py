@@ -6,11 +6,22 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, Self, TypeVar
 
-from fpn_engine.errors import FpnEngineError
+from fpn_engine.errors import BackendError, FpnEngineError
+from fpn_engine.image_file import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from fpn_engine.images import ImageLike
+    from fpn_engine.tasks import AnyPixels
 
 T = TypeVar("T")
+
+
+class ReadImage(Protocol):
+    """What makes pixels of an image, as :func:`fpn_engine.images.to_array` does."""
+
+    def __call__(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> AnyPixels: ...
 
 
 class ReadItem(NamedTuple, Generic[T]):
@@ -24,8 +35,9 @@ class ReadAhead(Generic[T]):
     """Reads ``paths`` in order, at most ``ahead`` beyond what was taken; a context manager, which ends its threads.
 
     Args:
-        read: is called in ``threads`` other threads. An FpnEngineError that it raises is a result; anything else ends
-            the items before that path, as does what iterating ``paths`` raises.
+        read: is called in ``threads`` other threads. An FpnEngineError that it raises is a result; anything else, and a
+            BackendError, which is no fault of the file, ends the items before that path, as does what iterating
+            ``paths`` raises.
     """
 
     def __init__(
@@ -61,6 +73,8 @@ class ReadAhead(Generic[T]):
             path, future = self._begun.popleft()
             try:
                 taken.append(ReadItem(path, future.result()))
+            except BackendError as error:
+                self._failure = error
             except FpnEngineError as error:
                 taken.append(ReadItem(path, error))
             except Exception as error:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fpn_engine.spec import ModelSpec
 
+if TYPE_CHECKING:
+    import torch
+
 OK, NON_FINITE = 0, 1
 
 Array: TypeAlias = Any  # a torch tensor, or a NumPy array where there is no torch
+AnyPixels: TypeAlias = "NDArray[np.uint8] | torch.Tensor"  # (H, W, 3) uint8 RGB; a tensor is on the engine's device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +64,12 @@ class Group(NamedTuple):
     """Images that share a padded size.
 
     Attributes:
-        images: each (H, W, 3) uint8. image_sizes: resized (h, w) of each before padding.
+        images: each (H, W, 3) uint8, in host memory or on the device. image_sizes: resized (h, w) of each before
+            padding.
         given: for a Fast R-CNN, the boxes (n, 4) float32 of each in pixels of the resized image.
     """
 
-    images: Sequence[NDArray[np.uint8]]
+    images: Sequence[AnyPixels]
     image_sizes: Sequence[tuple[int, int]]
     given: Sequence[NDArray[np.float32]] | None = None
 

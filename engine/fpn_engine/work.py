@@ -13,24 +13,27 @@ from fpn_engine.batching import Batch, trim
 from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError, NonFiniteError
 from fpn_engine.spec import ModelSpec
-from fpn_engine.tasks import Pending
+from fpn_engine.tasks import AnyPixels, Pending
 
 Pixels = NDArray[np.uint8]
 NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"
 
 
 class Outcome(NamedTuple):
-    """What became of one image of a stream: its pixels and detections, or the error that was met."""
+    """What became of one image of a stream: its pixels and detections, or the error that was met.
+
+    Pixels that were decoded on the GPU stay there; see :class:`fpn_engine.load_options.LoadOptions`.
+    """
 
     source: str
-    pixels: Pixels | None
+    pixels: AnyPixels | None
     result: Detections | FpnEngineError
 
 
 class Work:
     """Images whose batches are under way."""
 
-    def __init__(self, spec: ModelSpec, images: Sequence[Pixels]) -> None:
+    def __init__(self, spec: ModelSpec, images: Sequence[AnyPixels]) -> None:
         self.images = images
         self.batches: list[tuple[Batch, Pending]] = []
         self.failures: dict[int, FpnEngineError] = {}
@@ -56,7 +59,7 @@ class Work:
 class Window(NamedTuple):
     """Images of a stream in their order, pixels or error, and the work on those that could be read."""
 
-    read: Sequence[tuple[str, Pixels | FpnEngineError]]
+    read: Sequence[tuple[str, AnyPixels | FpnEngineError]]
     work: Work
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fpn_engine.errors import ImageError
+from fpn_engine.errors import BackendError, ImageError
 from fpn_engine.reading import ReadAhead
 
 Path = str | os.PathLike[str]
@@ -84,6 +84,20 @@ def test_others_end_the_items_before_them() -> None:
         assert [item.path for item in reading.take(10)] == ["a", "b"]
         assert reading.take(1) == []
         with pytest.raises(IndexError):
+            reading.raise_failure()
+
+
+def test_a_broken_device_ends_them_too() -> None:
+    """It would be told for each of a hundred thousand files otherwise."""
+
+    def read(path: Path) -> Path:
+        if path == "bad":
+            raise BackendError("cuda:0 stopped working")
+        return path
+
+    with ReadAhead(["a", "bad", "c"], read, threads=1, ahead=1) as reading:
+        assert [item.path for item in reading.take(3)] == ["a"]
+        with pytest.raises(BackendError):
             reading.raise_failure()
 
 

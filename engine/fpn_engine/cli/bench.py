@@ -58,7 +58,8 @@ def bench(
     Figures hold for these pictures on this machine as busy as it is now.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; the profiler talks to stderr
-    from fpn_engine.engine import Engine, LoadOptions
+    from fpn_engine.engine import Engine
+    from fpn_engine.load_options import LoadOptions
     from fpn_engine.named import BUNDLED
     from fpn_engine.plan import read_plan
     from fpn_engine.profiling import time_engine, time_stages, write_trace

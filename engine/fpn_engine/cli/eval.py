@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpn_engine.cli.console import counting, emit, note, show
-from fpn_engine.cli.options import BatchOption, BucketOption, DeviceOption, ModelOption, PlanOption, ThreadsOption
+from fpn_engine.cli.options import (
+    BatchOption,
+    BucketOption,
+    Decode,
+    DecodeOption,
+    DeviceOption,
+    ModelOption,
+    PlanOption,
+    ThreadsOption,
+)
 from fpn_engine.cli.plans import choose_plan
 from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.errors import FpnEngineError
@@ -43,6 +52,7 @@ def evaluate(
     threads: ThreadsOption = None,
     device: DeviceOption = None,
     bucket: BucketOption = None,
+    decode: DecodeOption = Decode.cpu,
     json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
 ) -> None:
     """Score a plan with the COCO metric: AP, AP50, AP75, by size and class, and average recall.
@@ -57,7 +67,14 @@ def evaluate(
         check_suffix(save_proposals)
     truth = load_annotations(annotations)
     files = find_files(truth, images or find_images(annotations))
-    engine = Engine.load(choose_plan(plan, model), batch_size=batch, threads=threads, device=device, buckets=bucket)
+    engine = Engine.load(
+        choose_plan(plan, model),
+        batch_size=batch,
+        threads=threads,
+        device=device,
+        buckets=bucket,
+        decode=decode.value,
+    )
     given = open_proposals(engine.spec, proposals, truth.image_ids)
     if given:  # one that is missing shows before the long work
         for path in files.values():

@@ -14,6 +14,8 @@ from fpn_engine.cli.console import counting, note
 from fpn_engine.cli.options import (
     BatchOption,
     BucketOption,
+    Decode,
+    DecodeOption,
     DeviceOption,
     ModelOption,
     PlanOption,
@@ -27,12 +29,10 @@ from fpn_engine.errors import AnnotationError, FpnEngineError
 from fpn_engine.files import unwritable
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from fpn_engine.detections import Detections
     from fpn_engine.engine import Engine
     from fpn_engine.spec import Category
+    from fpn_engine.tasks import AnyPixels
 
 SOME_FAILED, ALL_FAILED = 3, 4
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -76,6 +76,7 @@ def infer(
     device: DeviceOption = None,
     streams: StreamsOption = 1,
     bucket: BucketOption = None,
+    decode: DecodeOption = Decode.cpu,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest image to accept, in pixels.")] = None,
 ) -> None:
     """Detect objects in images of any size and common format.
@@ -97,6 +98,7 @@ def infer(
 
     from fpn_engine.annotations import load_annotations
     from fpn_engine.engine import Engine
+    from fpn_engine.image_file import MAX_PIXELS
     from fpn_engine.named import BUNDLED
     from fpn_engine.sources import list_images
 
@@ -114,13 +116,14 @@ def infer(
         streams=streams,
         buckets=bucket,
         images=len(paths),
+        decode=decode.value,
     )
+    read = functools.partial(engine.read, max_pixels=max_pixels or MAX_PIXELS)
     ids = load_annotations(annotations).image_ids if annotations else None
     given = open_proposals(engine.spec, proposals, ids)
     selection = _Selection(engine, classes, score, nms, max_detections)
     run = _Run(selection, pictures)
     with open_report(chosen, output, ids, resume) as report, counting("detecting", len(paths)) as advance:
-        read = _reader(max_pixels)
         for outcome in engine.stream(paths, thresholds=selection.thresholds, proposals=given, read=read):
             run.take(outcome, report)
             advance()
@@ -220,10 +223,13 @@ def _name_pictures(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
     return named
 
 
-def _save_picture(pixels: NDArray[np.uint8], detections: Detections, path: Path) -> None:
+def _save_picture(pixels: AnyPixels, detections: Detections, path: Path) -> None:
+    import numpy as np
+
     from fpn_engine.drawing import draw_detections, save_picture
 
-    save_picture(draw_detections(pixels, detections), path)
+    on_host = pixels if isinstance(pixels, np.ndarray) else pixels.cpu().numpy()
+    save_picture(draw_detections(on_host, detections), path)
 
 
 def _unfinished(paths: list[Path], output: Path) -> list[Path]:
@@ -235,10 +241,3 @@ def _unfinished(paths: list[Path], output: Path) -> list[Path]:
     if len(left) < len(paths):
         note(f"{len(paths) - len(left)} of {len(paths)} images are done already in {output}")
     return left
-
-
-def _reader(max_pixels: int | None) -> Any:
-    from fpn_engine.image_file import MAX_PIXELS
-    from fpn_engine.images import read_image
-
-    return functools.partial(read_image, max_pixels=max_pixels or MAX_PIXELS)

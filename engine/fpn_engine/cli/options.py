@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,16 @@ DeviceOption = Annotated[
 ]
 StreamsOption = Annotated[
     int, typer.Option("--streams", min=1, max=MAX_STREAMS, help="On CUDA: batches that compute at once.")
+]
+
+
+class Decode(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+DecodeOption = Annotated[
+    Decode, typer.Option("--decode", help="gpu: JPEG files on the device of a CUDA plan; needs TorchCodec.")
 ]
 BucketOption = Annotated[
     int | None,

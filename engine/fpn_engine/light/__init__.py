@@ -17,7 +17,7 @@ def is_light(manifest: Manifest, images: int | None, device: str | None = None, 
 
     Args:
         images: how many there will be, None where that is not known. device, streams: as of
-            :class:`fpn_engine.engine.LoadOptions`.
+            :class:`fpn_engine.load_options.LoadOptions`.
     """
     return (
         images is not None

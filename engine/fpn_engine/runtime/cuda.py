@@ -29,7 +29,7 @@ class CudaTransport:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        with _explaining(device), torch.cuda.device(device), _ONE_CAPTURE:
+        with explaining(device), torch.cuda.device(device), _ONE_CAPTURE:
             taken = [stream for other in _in_use for stream in other.streams]
             self.stream = find_free_stream(taken, torch.cuda.Stream)
             self._uploads = find_free_stream([*taken, self.stream], torch.cuda.Stream)
@@ -41,7 +41,7 @@ class CudaTransport:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        with _explaining(self.device), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with explaining(self.device), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
 
     def host_buffer(self, size: int) -> Tensor:
@@ -58,6 +58,11 @@ class CudaTransport:
             uploaded = CudaEvent(self.device)
         self.stream.wait_event(uploaded.event)
         return uploaded
+
+    def place(self, image: Tensor, target: Tensor) -> None:
+        image.record_stream(self._uploads)  # whoever decoded it may get its memory back only after this
+        with torch.cuda.stream(self._uploads):
+            target.copy_(image, non_blocking=True)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)
@@ -93,7 +98,7 @@ class CudaEvent:
         self._device = device
 
     def synchronize(self) -> None:
-        with _explaining(self._device):
+        with explaining(self._device):
             self.event.synchronize()
 
 
@@ -171,7 +176,7 @@ def make_cuda_runner(
     """
     device = pipeline.device
     transport = CudaTransport(device)
-    with _explaining(device), torch.cuda.device(device):
+    with explaining(device), torch.cuda.device(device):
         free = torch.cuda.mem_get_info()[0]
         capture = CudaCapture(pipeline, transport)
     limit = free // 2 // lanes if graph_memory is None else graph_memory // lanes
@@ -179,7 +184,7 @@ def make_cuda_runner(
 
 
 @contextmanager
-def _explaining(device: torch.device) -> Iterator[None]:
+def explaining(device: torch.device) -> Iterator[None]:
     """CUDA's errors as ours. After any but a lack of memory the process cannot use the device any more."""
     try:
         yield

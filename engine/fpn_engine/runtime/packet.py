@@ -1,4 +1,7 @@
-"""Packets: a group of images as one piece of memory for one upload, and its results as one for one download."""
+"""Packets: a group of images as one piece of memory for one upload, and its results as one for one download.
+
+Pixels that are on the device already have a place in the packet there, behind those that are uploaded.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,16 @@ class Fields(NamedTuple):
     boxes: Tensor
 
 
+class Written(NamedTuple):
+    """A packet to send: its first ``size`` bytes, and images (H, W, 3) on the device with where in it each belongs."""
+
+    size: int
+    placed: Sequence[tuple[Tensor, int]] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class PacketForm:
-    """Where things lie in a packet: the head first, then the pixels of one image after the other.
+    """Where things lie in a packet: the head, the pixels of images in host memory, the places of those on the device.
 
     Attributes:
         batch: N, images. slots: R, given proposals per image; 0 for a model that finds its own.
@@ -48,7 +58,7 @@ class PacketForm:
 
     def count_bytes(self, group: Group) -> int:
         """Bytes of a whole packet."""
-        return self.head_bytes + sum(_align(image.size) for image in group.images)
+        return self.head_bytes + sum(_align(image.nbytes) for image in group.images)
 
     def view(self, packet: Tensor) -> Fields:
         """The head of ``packet``, (B,) uint8, B at least ``head_bytes`` and its start aligned."""
@@ -61,28 +71,33 @@ class PacketForm:
             parts.append(packet[start : start + size].view(dtype).view(shape))
         return Fields(*parts)
 
-    def write(self, packet: Tensor, group: Group, start: int) -> int:
+    def write(self, packet: Tensor, group: Group, start: int) -> Written:
         """Write a group of at most N images into ``packet``, (B,) uint8 in host memory.
 
         The rows behind the group's repeat its last image without repeating its pixels.
 
         Args: start: where in the buffer on the device the packet will begin.
-        Returns: the bytes written.
         """
         host = packet.numpy()
         offsets, sizes, image_sizes, counts, boxes = (part.numpy() for part in self.view(packet))
-        at = self.head_bytes
+        at = size = self.head_bytes
+        placed = []
         rows = len(group.images)
-        for row, image in enumerate(group.images):
-            host[at : at + image.size] = image.reshape(-1)
+        for row in sorted(range(rows), key=lambda row: isinstance(group.images[row], Tensor)):
+            image = group.images[row]
             offsets[row], sizes[row], image_sizes[row] = start + at, image.shape[:2], group.image_sizes[row]
-            at += _align(image.size)
+            if isinstance(image, Tensor):
+                placed.append((image, at))
+            else:
+                host[at : at + image.nbytes] = image.reshape(-1)
+                size = at + _align(image.nbytes)
+            at += _align(image.nbytes)
         counts[:], boxes[:] = 0, 0
         for row, given in enumerate(group.given or ()):
             counts[row], boxes[row, : len(given)] = len(given), given
         for part in (offsets, sizes, image_sizes, counts, boxes):
             part[rows:] = part[rows - 1]
-        return at
+        return Written(size, placed)
 
     def _sizes(self) -> Sequence[int]:
         n = self.batch

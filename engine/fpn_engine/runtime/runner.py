@@ -23,7 +23,10 @@ class EagerRunner:
 
     def submit(self, group: Group, task: Task) -> Ready:
         device = self._pipeline.device
-        packed = pack_images([torch.from_numpy(image) for image in group.images])
+        images = [image if isinstance(image, torch.Tensor) else torch.from_numpy(image) for image in group.images]
+        if any(isinstance(image, torch.Tensor) for image in group.images):
+            images = [image.to(device) for image in images]
+        packed = pack_images(images)
         packed = packed._replace(**{name: part.to(device) for name, part in packed._asdict().items()})
         image_sizes = torch.tensor(group.image_sizes, dtype=torch.int64).to(device)
         given = None if group.given is None else pad_boxes(group.given, device)

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from fpn_engine.runtime.packet import ALIGNMENT, unpack_result
+from fpn_engine.runtime.packet import ALIGNMENT, Written, unpack_result
 from fpn_engine.runtime.transport import Event, Transport
 from fpn_engine.tasks import PaddedDetections
 
@@ -48,9 +48,11 @@ class Slot:
         self._arriving: Arriving | None = None
         self._read: Event | None = None
 
-    def upload(self, size: int) -> None:
-        """Send the packet's first bytes."""
-        self._read = self._transport.upload(self.packet[:size], self.region[:size])
+    def upload(self, written: Written) -> None:
+        """Send the packet, and put what is on the device into its places."""
+        for image, at in written.placed:
+            self._transport.place(image, self.region[at : at + image.nbytes].view(image.shape))
+        self._read = self._transport.upload(self.packet[: written.size], self.region[: written.size])
 
     def download(self, packed: Tensor, rows: int) -> Arriving:
         """Bring back what :func:`pack_result` made; its first ``rows`` rows count."""

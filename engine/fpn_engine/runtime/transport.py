@@ -39,6 +39,10 @@ class Transport(Protocol):
         """Copy from a host buffer to the device, beside what computes; the event is when ``source`` has been read."""
         ...
 
+    def place(self, image: Tensor, target: Tensor) -> None:
+        """Copy pixels that are on the device, of any strides, as uploads are; the next upload's event is behind it."""
+        ...
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy on the device, in the computing stream."""
         ...

@@ -50,6 +50,13 @@ class DeferredTransport:
             return DeferredEvent(self, 0)
         return self.give("upload", lambda: target.copy_(source))
 
+    def place(self, image: Tensor, target: Tensor) -> None:
+        if self._early:
+            self.log.append("place")
+            target.copy_(image)
+        else:
+            self.give("place", lambda: target.copy_(image))
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         self.give("copy", lambda: target.copy_(source))
 

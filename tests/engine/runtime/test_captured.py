@@ -82,6 +82,26 @@ def test_nothing_waits_while_there_is_room(model: FpnDetector) -> None:
     assert bench.transport.queued == 4 * SLOTS
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_pixels_on_the_device_need_no_upload(early: bool, model: FpnDetector) -> None:
+    """In planes, as a decoder leaves them, beside images from the host in any order."""
+    bench = Bench(model, batch_size=4, early=early)
+    for seed, on_device in enumerate([(0, 1, 2), (0, 1, 2), (1,), (0, 2), ()]):
+        group, task = make_group([(60, 80), (61, 79), (90, 120)], seed)
+        images = [
+            torch.from_numpy(image.transpose(2, 0, 1).copy()).permute(1, 2, 0) if row in on_device else image
+            for row, image in enumerate(group.images)
+        ]
+        bench.transport.log.clear()
+        found = bench.runner.submit(group._replace(images=images), task).wait()
+        expected = bench.eager.submit(group, task).wait()
+        assert_same(found, expected, exact=False)
+        assert_same(bench.eager.submit(group._replace(images=images), task).wait(), expected)
+        assert bench.transport.log.count("place") == len(on_device)
+        assert bench.transport.log.count("upload") == 1
+    assert bench.capture.captures == 1
+
+
 @pytest.mark.parametrize("kind", ["fast_rcnn", "rpn"])
 def test_other_systems(kind: str) -> None:
     bench = Bench(make_model(KINDS[kind]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpn_engine.errors import BackendError, DeviceMemoryError
-from fpn_engine.runtime.cuda import CudaCapture, _explaining, find_free_stream
+from fpn_engine.runtime.cuda import CudaCapture, explaining, find_free_stream
 
 DEVICE = torch.device("cuda", 0)
 
@@ -99,7 +99,7 @@ def test_the_pool_is_what_it_holds(monkeypatch: pytest.MonkeyPatch, backend: str
     ],
 )
 def test_a_lack_of_memory(message: str) -> None:
-    with pytest.raises(DeviceMemoryError, match="cuda:0 has too little free memory for this"), _explaining(DEVICE):
+    with pytest.raises(DeviceMemoryError, match="cuda:0 has too little free memory for this"), explaining(DEVICE):
         raise RuntimeError(message)
 
 
@@ -111,7 +111,7 @@ def test_a_capture_that_a_lack_of_memory_broke_off() -> None:
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    with pytest.raises(DeviceMemoryError), _explaining(DEVICE), capturing():
+    with pytest.raises(DeviceMemoryError), explaining(DEVICE), capturing():
         raise torch.OutOfMemoryError("no room")
 
 
@@ -126,11 +126,11 @@ def test_a_capture_that_a_lack_of_memory_broke_off() -> None:
 def test_a_device_that_stopped(message: str) -> None:
     with (
         pytest.raises(BackendError, match=r"^cuda:0 stopped working .*; start the program again$"),
-        _explaining(DEVICE),
+        explaining(DEVICE),
     ):
         raise RuntimeError(f"{message}\nsearch for it")
 
 
 def test_other_errors_are_left() -> None:
-    with pytest.raises(RuntimeError, match="a bug"), _explaining(DEVICE):
+    with pytest.raises(RuntimeError, match="a bug"), explaining(DEVICE):
         raise RuntimeError("a bug")

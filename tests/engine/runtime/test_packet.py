@@ -22,7 +22,7 @@ def test_a_packet_holds_its_group(batch: int) -> None:
     form = PacketForm(batch, 6)
     region = torch.full((100 * ALIGNMENT + form.count_bytes(group),), 0xA5, dtype=torch.uint8)
     start = 100 * ALIGNMENT
-    assert form.write(region[start:], group, start) == form.count_bytes(group)
+    assert form.write(region[start:], group, start) == (form.count_bytes(group), [])
 
     offsets, sizes, image_sizes, counts, boxes = form.view(region[start:])
     for row in range(batch):
@@ -35,6 +35,29 @@ def test_a_packet_holds_its_group(batch: int) -> None:
         assert int(counts[row]) == len(given[number])
         np.testing.assert_array_equal(boxes[row, : counts[row]].numpy(), given[number])
         assert not boxes[row, counts[row] :].any()
+
+
+@pytest.mark.parametrize("on_device", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_pixels_on_the_device_have_a_place_behind_what_is_uploaded(on_device: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in SHAPES]
+    images = [torch.from_numpy(a) if row in on_device else a for row, a in enumerate(arrays)]
+    group = Group(images, [(10, 14), (20, 20), (8, 18)])
+    form = PacketForm(4)
+    packet = torch.full((form.count_bytes(group),), 0xA5, dtype=torch.uint8)
+    size, placed = form.write(packet, group, 0)
+    assert bool((packet[size:] == 0xA5).all()), "what is not uploaded is not written"
+    assert size == form.head_bytes + sum(-(-a.nbytes // 16) * 16 for a in arrays) - sum(
+        -(-arrays[row].nbytes // 16) * 16 for row in on_device
+    )
+    assert [image is images[row] for (image, _), row in zip(placed, on_device, strict=True)] == [True] * len(on_device)
+    for image, at in placed:
+        packet[at : at + image.nbytes].view(image.shape).copy_(image)
+    offsets, sizes, *_ = form.view(packet)
+    for row in range(4):
+        at, (h, w) = int(offsets[row]), sizes[row].tolist()
+        assert at % ALIGNMENT == 0
+        np.testing.assert_array_equal(packet[at : at + 3 * h * w].view(h, w, 3).numpy(), arrays[min(row, 2)])
 
 
 def test_every_part_of_the_head_is_aligned() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn_engine.pipeline import PaddedDetections
-from fpn_engine.runtime.packet import pack_result
+from fpn_engine.runtime.packet import Written, pack_result
 from fpn_engine.runtime.staging import SLOTS, Arriving, StagingRing
 from tests.engine.runtime.stand_ins import POISON, DeferredTransport
 
@@ -30,7 +30,7 @@ class Sums:
     def submit(self, value: int) -> Arriving:
         slot = self.ring.acquire()
         slot.packet[:4] = value
-        slot.upload(4)
+        slot.upload(Written(4))
         packed = make_result(0)
 
         def compute() -> None:
@@ -99,7 +99,7 @@ def test_a_slot_whose_group_failed_is_waited_for_too() -> None:
     ring = StagingRing(transport, 64)
     slots = [ring.acquire() for _ in range(SLOTS)]
     slots[0].packet[:4] = 9
-    slots[0].upload(4)  # and then something fails
+    slots[0].upload(Written(4))  # and then something fails
     assert ring.acquire() is slots[0]
     assert slots[0].region[:4].tolist() == [9] * 4  # the upload had read the packet before it is written again
 
@@ -161,3 +161,16 @@ def test_no_memory_to_grow_is_no_end() -> None:
     transport.device_buffer = allocate  # type: ignore[method-assign]
     sums.ring.grow(100)
     assert int(sums.submit(2).wait().labels) == 8
+
+
+def test_what_is_on_the_device_is_there_when_the_upload_is(transport: DeferredTransport) -> None:
+    ring = StagingRing(transport, 64)
+    slot = ring.acquire()
+    slot.packet[:4] = 9
+    image = torch.arange(12, dtype=torch.uint8).view(3, 2, 2).permute(1, 2, 0)  # as a decoder leaves it, in planes
+    slot.upload(Written(4, [(image, 16)]))
+    transport.download(slot.region, torch.empty(64, dtype=torch.uint8)).synchronize()
+    assert slot.region[:4].tolist() == [9] * 4
+    assert slot.region[16:28].view(2, 2, 3).equal(image)
+    assert bool((slot.region[28:] == POISON).all())
+    assert transport.log[:2] == ["place", "upload"]
