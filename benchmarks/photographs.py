@@ -18,13 +18,14 @@ from tests.parity.torchvision_oracle import Pixels
 
 
 class Photographs(NamedTuple):
-    """As the command line names them; ``run``: the provenance of what is measured on them."""
+    """As the command line names them; ``run``: the provenance of what is measured on them. ``folder``: their files."""
 
     subject: Subject
     truth: CocoGroundTruth
     images: dict[int, Pixels]
     run: dict[str, Any]
     output: Path
+    folder: Path
 
 
 def read_photographs(module: str, about: str | None) -> Photographs:
@@ -44,4 +45,5 @@ def read_photographs(module: str, about: str | None) -> Photographs:
         {i.id: np.array(Image.open(given.images / i.file_name).convert("RGB")) for i in truth.images},
         describe_run(shlex.join(["python", "-m", module, *names])),
         given.output,
+        given.images,
     )
