@@ -2,9 +2,9 @@
 
     python -m benchmarks.decoding model.pth annotations.json images/ -o benchmarks/results/decoding.json
 
-That is libjpeg at its fastest, which also rounds its cosine transform more coarsely. nvJPEG with the flags that TorchCodec
-gives it may decode so or better; it has not been compared. Against libjpeg as Pillow has it, in every annotated image,
-on ONNX Runtime in fp32; a twin has the same class, IoU 0.95 and a score within 0.02.
+That is libjpeg at its fastest, which also rounds its cosine transform more coarsely. nvJPEG with the flags that
+TorchCodec gives it may decode so or better; it has not been compared. Against libjpeg as Pillow has it, in every
+annotated image, on ONNX Runtime in fp32; a twin has the same class, IoU 0.95 and a score within 0.02.
 """
 
 from __future__ import annotations
