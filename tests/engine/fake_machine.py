@@ -17,6 +17,7 @@ VERSIONS = {
     "torch": "2.15.0",
     "triton": "3.9.0",
     "torchvision": "0.29.2",
+    "torchcodec": "0.17.0",
     "numpy": "2.4.6",
     "onnx": "1.22.0",
     "onnxscript": "0.7.2",

@@ -46,10 +46,11 @@ def test_machine_without_a_gpu_is_healthy() -> None:
 
 
 def test_optional_packages_may_be_missing() -> None:
-    gone = dict.fromkeys(["torchvision", *(name for name in VERSIONS if name.startswith("tensorrt"))])
+    gone = dict.fromkeys(["torchvision", "torchcodec", *(name for name in VERSIONS if name.startswith("tensorrt"))])
     replies = dict.fromkeys(("torchvision", "tensorrt"), "ModuleNotFoundError: No module named 'x'")
     found = [finding for finding in examine(FakeMachine(gone, replies)) if finding.kind != "ok"]
-    assert [(finding.kind, finding.topic) for finding in found] == [("note", "torchvision"), ("note", "TensorRT")]
+    topics = ["torchvision", "torchcodec", "TensorRT"]
+    assert [(finding.kind, finding.topic) for finding in found] == [("note", topic) for topic in topics]
 
 
 CPU_REPLIES = {

@@ -16,6 +16,7 @@ REQUIRED = ("torch", "numpy", "onnx", "onnxscript", "pillow", "pycocotools", "sa
 OPTIONAL = {
     "triton": "the kernels run as their PyTorch references",
     "torchvision": "only the tests need it",
+    "torchcodec": "only --decode gpu needs it",
 }
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 # Packages that pin versions of those above so tightly that they seldom fit.
