@@ -2,6 +2,7 @@
 
     python -m benchmarks                                     # what there is
     python -m benchmarks -o benchmarks/results/DEVICE.json [--all] [--minutes 60]
+    python -m benchmarks --all -o results/                   # a file in this folder that is named after the device
     python -m benchmarks report [RESULTS...] -o report.html [--pictures FOLDER]
 
 Rows are added to the file one by one, and those that are in it are not taken again at the same commit, so that the same
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import subprocess
 import sys
 import time
@@ -89,6 +92,16 @@ def judge(output: Path) -> list[str]:
     return [f"target {verdict}" for verdict in verdicts if verdict.is_failure]
 
 
+def find_output(given: str) -> Path:
+    """The file of rows: the one that is given, or in a folder, which there need not be yet, the device's."""
+    if not (given.endswith(("/", os.sep)) or Path(given).is_dir()):
+        return Path(given)
+    from fpn_engine.provenance import describe_machine
+
+    words = re.sub(r"[^a-z0-9]+", "-", describe_machine()["device"].lower()).strip("-")
+    return Path(given) / f"{words or 'device'}.json"
+
+
 def main(argv: Sequence[str], commands: dict[str, Command] | None = None) -> int:
     if argv[:1] == ["report"]:
         from benchmarks.report import main as report
@@ -101,7 +114,9 @@ def main(argv: Sequence[str], commands: dict[str, Command] | None = None) -> int
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="DEVICE.json", help="run them; added to")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="run them; added to; in a folder, a file named after the device"
+    )
     parser.add_argument("--all", action="store_true", help="every case, not only the chief ones")
     parser.add_argument("--quick", action="store_true", help="small models on the CPU, two rounds: no measurement")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all of them together")
@@ -115,11 +130,10 @@ def main(argv: Sequence[str], commands: dict[str, Command] | None = None) -> int
         print("\n".join(f"{name:12} {command.summary}" for name, command in chosen.items()))
         print("\npython -m benchmarks -o DEVICE.json runs them, python -m benchmarks report -o report.html shows them")
         return 0
-    if given.output.is_dir():
-        parser.error(f"{given.output} is a folder; give the name of a file in it, such as h200.json")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
+    output = find_output(given.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     options = [*["--all"] * given.all, *["--quick"] * given.quick]
-    failures = run_all(chosen, given.output, given.minutes, options) + judge(given.output)
+    failures = run_all(chosen, output, given.minutes, options) + judge(output)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

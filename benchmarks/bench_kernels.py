@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.kernel_case import KernelCase, same, us
 from benchmarks.kernel_cases import all_cases
-from benchmarks.roofline import measure_peaks
 from benchmarks.suite import Case, Effort, Measured, RunCase, Suite, run_suite
 from benchmarks.targets import Targets
 from benchmarks.timing import describe_times, time_in_turns
+from fpn_engine.roofline import measure_peaks
 
 NAME = "kernels"
 ROTATING = {"cuda": 4, "cpu": 2}  # sets of inputs

@@ -4,7 +4,8 @@
     pytest benchmarks/bench_scaling.py
 
 All points of a row take turns. The exponent is the slope of log time against log size, by least squares, with its 95 %
-confidence; a fixed cost at small sizes makes it less than what the largest sizes grow by.
+confidence; a fixed cost at small sizes makes it less than what the largest sizes grow by. Memory is what a call needs
+at its peak; of a detector on a GPU, whose graph has it all beforehand, what there is from its weights to its result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +36,15 @@ from tests.kernels.boxes import random_boxes, seeded
 CLASS_ROWS, LIKELY, SCORE = 1000, 2, 0.05  # proposals, likely classes of each, the least score of a candidate
 FORM = {"cuda": ("native", "fp16"), "cpu": ("onnxruntime", "fp32")}
 QUICK_LEVELS = ((40, 56), (20, 28), (10, 14), (5, 7))
-Point = tuple[int, Turn]  # the size, and what is timed
+LARGEST_BATCH = {"cuda": 64, "cpu": 8}
+
+
+class Point(NamedTuple):
+    """The size, what is timed, and the bytes that it needed at its peak where the call does not take them."""
+
+    size: int
+    turn: Turn
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +56,19 @@ class Axis:
     quick_sizes: Sequence[Any]
     make: Callable[[Effort, Any], Point]
 
+    def choose(self, effort: Effort) -> list[Any]:
+        """The sizes that are measured: of batches those that the device is expected to hold."""
+        if effort.quick:
+            return list(self.quick_sizes)
+        most = effort.largest_batch or LARGEST_BATCH[effort.device.type]
+        return [size for size in self.sizes if self.make is not detect_batch or size <= most]
+
 
 def nms(effort: Effort, boxes: int) -> Point:
     case = plain_nms_case(effort.device, boxes)
     inputs = [case.make_inputs(number) for number in range(2)]
     check(case, inputs[0])
-    return boxes, prepare(case.contestants[OURS], inputs, effort.device.type)
+    return Point(boxes, prepare(case.contestants[OURS], inputs, effort.device.type))
 
 
 def roi_align(effort: Effort, rois: int) -> Point:
@@ -61,7 +77,7 @@ def roi_align(effort: Effort, rois: int) -> Point:
     inputs = [make_pooling_inputs(effort.device, 1, dtype, number, rois, levels) for number in range(2)]
     error = largest_error(fpn_kernels.multilevel_roi_align(*inputs[0]), roi_align_by_level(*inputs[0]))
     assert error <= TOLERANCE[dtype], f"RoIAlign of {rois} RoIs: error {error}"
-    return rois, prepare(fpn_kernels.multilevel_roi_align, inputs, effort.device.type)
+    return Point(rois, prepare(fpn_kernels.multilevel_roi_align, inputs, effort.device.type))
 
 
 def classify(effort: Effort, classes: int) -> Point:
@@ -84,22 +100,23 @@ def classify(effort: Effort, classes: int) -> Point:
     expected = int((inputs[0][0].softmax(dim=1)[:, 1:] > SCORE).sum())
     found = int((run(*inputs[0])[0] > SCORE).sum())
     assert 0.99 * expected <= found <= expected, f"{found} candidates of {expected}"  # some are too small
-    return classes, prepare(run, inputs, device.type)
+    return Point(classes, prepare(run, inputs, device.type))
 
 
-def detect(effort: Effort, size: tuple[int, int], batch: int = 1) -> Turn:
+def detect(effort: Effort, at: int, size: tuple[int, int], batch: int = 1) -> Point:
     arch = "resnet18" if effort.quick else "resnet50"
     scene = make_scene(arch, batch, size, effort.device, effort.quick)
     backend, precision = FORM[effort.device.type]
-    return set_up(scene, partial(make_ours, backend=backend, precision=precision))[0].turn
+    contestant, found = set_up(scene, partial(make_ours, backend=backend, precision=precision))
+    return Point(at, contestant.turn, found.get("peak_memory_bytes"))
 
 
 def detect_sized(effort: Effort, size: tuple[int, int]) -> Point:
-    return size[0] * size[1], detect(effort, size)
+    return detect(effort, size[0] * size[1], size)
 
 
 def detect_batch(effort: Effort, batch: int) -> Point:
-    return batch, detect(effort, (128, 160) if effort.quick else SIZE, batch)
+    return detect(effort, batch, (128, 160) if effort.quick else SIZE, batch)
 
 
 AXES = (
@@ -129,7 +146,7 @@ AXES = (
     ),
     Axis(
         name="whole detector against batch",
-        sizes=(1, 2, 4, 8),
+        sizes=(1, 2, 4, 8, 16, 32, 64),
         quick_sizes=(1, 2, 3),
         make=detect_batch,
     ),
@@ -143,12 +160,12 @@ def list_cases(effort: Effort) -> list[Case]:
 def measure(effort: Effort, axis: Axis) -> Iterator[Measured]:
     kind = effort.device.type
     with torch.inference_mode():
-        points = [axis.make(effort, size) for size in (axis.quick_sizes if effort.quick else axis.sizes)]
-        turns = {f"{size}": turn for size, turn in points}
+        points = [axis.make(effort, size) for size in axis.choose(effort)]
+        turns = {f"{point.size}": point.turn for point in points}
         times = take_turns(turns, kind, rounds=effort.rounds, seconds=effort.seconds)
-        peaks = [measure_peak(turn.run, effort.device) for turn in turns.values()]
+        peaks = [p.memory if p.memory is not None else measure_peak(p.turn.run, effort.device) for p in points]
     medians = [times.spread(name).median for name in turns]
-    sizes = [size for size, _ in points]
+    sizes = [point.size for point in points]
     row: dict[str, Any] = {
         "axis": axis.name.partition(" against ")[2],
         "points": [

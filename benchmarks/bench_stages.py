@@ -18,11 +18,12 @@ from benchmarks import native_stages
 from benchmarks.contest import find_floors, name_scene
 from benchmarks.detector_stages import NETWORK, time_stages
 from benchmarks.ours import FORMS, load, load_eager_parts, run_pipeline
-from benchmarks.roofline import ITEMSIZES, measure_peaks
+from benchmarks.roofline import ITEMSIZES
 from benchmarks.scene import QUICK_SIZE, SIZE, Scene, check, make_scene
 from benchmarks.suite import Case, Effort, Measured, RunCase, Suite, run_suite
 from benchmarks.timing import describe_times
 from fpn_engine.backends import BoxHead, Trunk
+from fpn_engine.roofline import measure_peaks
 
 CHIEF = {"cuda": (("resnet50", 1), ("resnet50", 8)), "cpu": (("resnet50", 1),)}
 FURTHER = (("resnet101", 1), ("resnet50", 2), ("resnet18", 1))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import BASE
-from benchmarks.roofline import ITEMSIZES, Floors, count_floors, measure_peaks
+from benchmarks.roofline import ITEMSIZES, Floors, count_floors
 from benchmarks.rows import Row
 from benchmarks.scene import Contestant, Maker, Scene, check
 from benchmarks.suite import DeviceLostError, Effort, Measured, NotHereError, describe_error, is_device_alive
+from fpn_engine.roofline import measure_peaks
 from fpn_engine.ruler import FEWEST, Times, take_turns
 
 LEFT_OUT = "left out, as it broke the device before"

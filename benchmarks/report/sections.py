@@ -178,6 +178,8 @@ def show_scaling(rows: Sequence[Row]) -> Section | None:
         )
         charts.append(Chart(title=title, svg=svg, name=f"scaling-{row['axis'].replace(' ', '-').lower()}"))
         memory = row.get("memory")
+        if memory:
+            charts.append(_chart_memory(row))
         last = row["points"][-1]
         lines.append(
             (
@@ -192,6 +194,21 @@ def show_scaling(rows: Sequence[Row]) -> Section | None:
     text = "Exponents are slopes of least squares through the logarithms, with 95 % confidence: 1 is linear."
     columns = ("", "exponent of time", "exponent of memory", "at the largest")
     return Section(title="Scaling", text=text, charts=charts, tables=[Table(columns=columns, rows=lines)])
+
+
+def _chart_memory(row: Row) -> Chart:
+    fit, points = row["memory"], [(each["size"], each["peak_memory_bytes"]) for each in row["points"]]
+    title = f"{row['what']}: memory grows with {row['axis']} to the power {fit['exponent']:.2f}"
+    svg = draw_lines(
+        [Series(label="memory", points=points, ours=True)],
+        title,
+        x_title=row["axis"] + (", pixels" if row["axis"] == "image area" else ""),
+        y_title="bytes at the peak, both axes logarithmic; dashed: the fit",
+        write_y=write_bytes,
+        log_y=True,
+        fits=[(fit["scale"], fit["exponent"])],
+    )
+    return Chart(title=title, svg=svg)
 
 
 def show_kernels(rows: Sequence[Row]) -> Section | None:

@@ -51,16 +51,25 @@ def test_some_of_them(commands: dict[str, Command], tmp_path: Path) -> None:
     assert row["argv"][0] == "--quick"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"), [(["--only", "nosuch"], "there is no suite nosuch"), (["-o", "."], "is a folder")]
-)
-def test_wrong_usage(
-    words: list[str], message: str, commands: dict[str, Command], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("folder", ["results/", "deep/results/", "there", "there/"])
+def test_in_a_folder_the_file_is_named_after_the_device(
+    folder: str, commands: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("fpn_engine.provenance._device", lambda: "NVIDIA H200 (x), 2 cores")
+    assert main(["--all", "-o", folder, "--only", "late"], commands) == 0
+    (found,) = (tmp_path / folder).iterdir()
+    assert found.name == "nvidia-h200-x-2-cores.json"
+    [row] = json.loads(found.read_text())
+    assert row["argv"][0] == "--all"
+
+
+def test_wrong_usage(commands: dict[str, Command], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(words, commands)
+        main(["--only", "nosuch"], commands)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert "there is no suite nosuch" in capsys.readouterr().err
 
 
 def test_alone_it_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

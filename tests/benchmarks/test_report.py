@@ -102,6 +102,7 @@ def test_a_page_that_stands_alone() -> None:
     assert "url(" not in page
     for words in (*EXPECTED, "CPU <2> & co", "takes too long <here>"):
         assert words in reader.text, words
+    assert "NMS against boxes: memory grows with boxes to the power" in reader.text
     assert QUICK not in reader.text
     targets = set(re.findall(r'href="#([^"]+)"', page))
     assert targets <= set(re.findall(r'id="([^"]+)"', page))

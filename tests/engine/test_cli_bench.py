@@ -13,7 +13,7 @@ from PIL import Image
 from fpn_engine.engine import Engine
 from fpn_engine.profiling import WHOLE, time_engine, time_stages
 from fpn_engine.ruler import Spread
-from fpn_engine.stages import STAGES, TRUNK, stage, watching
+from fpn_engine.stages import BOX_HEAD, POOLING, PREPROCESS, STAGES, TRUNK, stage, watching
 from tests.engine.conftest import Run, Tiny, make_picture
 
 
@@ -33,6 +33,21 @@ def test_figures_for_machines(tiny: Tiny, run: Run, tmp_path: Path) -> None:
     assert list(stages) == [*STAGES, WHOLE]
     assert 0 < sum(stages[name] for name in STAGES) <= 1.5 * stages[WHOLE]
     assert facts["machine"]["packages"]["torch"]
+    assert not {"floors, milliseconds", "peaks"} & facts.keys(), "the operations of this plan are not known"
+
+
+def test_floors_of_a_native_plan(tiny: Tiny, run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpn_engine.roofline.SIDE", {"cpu": 256})
+    monkeypatch.setattr("fpn_engine.roofline.COPIED", {"cpu": 1 << 20})
+    assert run("build", tiny.model, "--backend", "native", "-o", "native.plan").code == 0
+    facts = json.loads(run("bench", "native.plan", "--rounds", "2", "--profile", "--json").out)
+    floors = facts["floors, milliseconds"]
+    assert list(floors) == [PREPROCESS, TRUNK, POOLING, BOX_HEAD]
+    assert all(0 < floor < facts["stages, milliseconds"][name] for name, floor in floors.items())
+    assert facts["peaks"]["TFLOP_per_s"] > 0
+    table = run("bench", "native.plan", "--rounds", "2", "--profile").out
+    assert "of floor" in table
+    assert "TFLOP/s" in table
 
 
 def test_a_table_for_people_and_a_trace(tiny: Tiny, run: Run, tmp_path: Path) -> None:

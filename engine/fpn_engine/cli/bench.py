@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from fpn_engine.errors import FpnEngineError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from fpn_engine.plan import Plan
     from fpn_engine.profiling import Pixels
 
 MOST_IMAGES = 16  # that are kept in memory
@@ -55,6 +56,9 @@ def bench(
 ) -> None:
     """Time a plan from pixels in memory to detections: the middle, and what a fifth stays below and above.
 
+    --profile shows beside each stage of a native plan its floor: the least time for its products and bytes, at the
+    rates that this machine reaches on large matrices and copies.
+
     Figures hold for these pictures on this machine as busy as it is now.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; the profiler talks to stderr
@@ -89,8 +93,8 @@ def bench(
         one_by_one: LoadOptions = {**options, "graphs": False}
         eager = Engine.from_plan(loaded, **one_by_one) if engine.device.type == "cuda" else engine
         if profile:
-            stages = time_stages(eager, batches[0])
-            facts["stages, milliseconds"] = {name: float(f"{spent:.4g}") for name, spent in stages.items()}
+            facts["stages, milliseconds"] = _round(time_stages(eager, batches[0]))
+            facts |= _find_floors(loaded, batches[0], engine.device.type)
         if trace:
             write_trace(eager, batches[0], trace)
             note(f"trace: {trace}")
@@ -99,6 +103,28 @@ def bench(
         emit(json_module.dumps(facts, indent=1))
     else:
         show(*_tables(facts))
+
+
+def _find_floors(plan: Plan, images: Sequence[Pixels], device: str) -> dict[str, Any]:
+    """The least time of each stage, and the rates that it follows from; nothing where it is not known."""
+    from fpn_engine.batching import make_batches
+    from fpn_engine.buckets import Buckets
+    from fpn_engine.floors import count_floors, has_floors
+    from fpn_engine.roofline import measure_peaks
+
+    manifest = plan.manifest
+    if not has_floors(manifest):
+        return {}
+    spec = manifest.spec
+    computed = "fp32" if device == "cpu" and manifest.precision == "fp16" else manifest.precision
+    peaks = measure_peaks(device, computed)
+    shapes = [(image.shape[0], image.shape[1]) for image in images]
+    batches = make_batches(shapes, spec, len(images), Buckets(None, spec.size_divisor))
+    return {"floors, milliseconds": _round(count_floors(plan, batches, peaks)), "peaks": peaks.to_dict()}
+
+
+def _round(milliseconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{spent:.4g}") for name, spent in milliseconds.items()}
 
 
 def _read(folder: Path) -> tuple[list[Pixels], str]:
@@ -147,14 +173,23 @@ def _tables(facts: dict[str, Any]) -> list[RenderableType]:
     head.add_row("rate", f"{facts['images per second']:.4g} images a second")
     if (found := facts.get("stages, milliseconds")) is None:
         return [head]
-    stages = dict(found)
-    table = Table("stage", "ms", "share", box=None, padding=(0, 2, 0, 0))
+    stages, floors = dict(found), facts.get("floors, milliseconds")
+    columns = ["stage", "ms", "share", *(["floor", "of floor"] if floors else [])]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     whole = stages.pop(WHOLE)
     for name, spent in {**stages, "everything else": max(0.0, whole - sum(stages.values()))}.items():
-        table.add_row(name, _text(spent), f"{100 * spent / whole:.0f} %")
-    return [head, "", table]
+        row = [name, _text(spent), f"{100 * spent / whole:.0f} %"]
+        if floors:
+            floor = floors.get(name)
+            row += ["-", ""] if floor is None else [_text(floor), f"{100 * floor / spent:.0f} %"]
+        table.add_row(*row)
+    if not floors:
+        return [head, "", table]
+    peaks = facts["peaks"]
+    rates = f"floors at {peaks['TFLOP_per_s']:.4g} TFLOP/s and {peaks['GB_per_s']:.4g} GB/s, as measured here"
+    return [head, "", table, "", rates]
 
 
 def _text(milliseconds: float) -> str:
