@@ -38,12 +38,12 @@ __all__ = ["one_thread"]
 SCORE, CORNER = 1e-4, 1e-2  # pixels
 FEATURES, LOGITS = 2.0**-5, 2.0**-5  # bf16, of the largest magnitude: 20 to 100 layers that each round to 2^-9
 ENOUGH_CELLS = 32  # heads that were scaled by what they answer on fewer cells magnify every difference
-AP_POINTS = 0.003
+AP_POINTS = 0.003  # of bf16 on a CPU, where 0.0019 was measured
 # Of a detection with a score of at least SURE, its twin in another precision.
 SURE, TWIN_IOU, TWIN_SCORE, HALF_AP_POINTS = 0.5, 0.95, 0.02, 0.002
 TIE = 1e-3  # between scores
 # Ties among proposals show in no score: measured on a CPU, 2 of 1061 were lost, and 6 had a tie.
-FP16_LOST = 0.004
+FP16_LOST, BF16_LOST = 0.004, 0.05
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this processor does not convolve in bfloat16")
 
 
@@ -174,18 +174,6 @@ def test_photographs(bccd: Subject, photographs: dict[int, Pixels], expected: di
     assert lost <= 2, "ties aside"
 
 
-@pytest.mark.shared
-@needs_bfloat16
-def test_bf16_keeps_the_average_precision(
-    bccd: Subject, photographs: dict[int, Pixels], expected: dict[int, Found], bccd_truth: CocoGroundTruth
-) -> None:
-    assert len(photographs) == 72
-    answers = detect_all(bccd.engine(plan=bccd.build("native", "bf16")), photographs)
-    ours, theirs = (score(found, bccd, bccd_truth) for found in (answers, expected))
-    assert theirs.AP > 0.5
-    assert pytest.approx(theirs.AP, abs=AP_POINTS) == ours.AP
-
-
 def find_lost(ours: Found, theirs: Found) -> list[int]:
     """The sure detections of ``theirs`` without a twin in ``ours``."""
     lost = []
@@ -235,12 +223,13 @@ def assert_half_is_as_good(
     bccd: Subject,
     truth: CocoGroundTruth,
     lost_share: float,
+    ap_points: float = HALF_AP_POINTS,
 ) -> None:
     """AP, and a twin for every sure detection, ties aside."""
     answers, exact = detect_all(engine, photographs), bccd.engine()
     ours, theirs = (score(found, bccd, truth) for found in (answers, expected))
     assert theirs.AP > 0.5
-    assert pytest.approx(theirs.AP, abs=HALF_AP_POINTS) == ours.AP
+    assert pytest.approx(theirs.AP, abs=ap_points) == ours.AP
     sure = sum(int((found.scores >= SURE).sum()) for found in expected.values())
     lost = 0
     for image_id, wanted in expected.items():
@@ -249,6 +238,17 @@ def assert_half_is_as_good(
             lost += sum(not is_tie(number, answers[image_id], wanted, candidates) for number in missing)
     assert sure > 1000
     assert lost <= lost_share * sure
+
+
+@pytest.mark.shared
+@needs_bfloat16
+@pytest.mark.timeout(900)
+def test_bf16_keeps_the_average_precision_and_most_twins(
+    bccd: Subject, photographs: dict[int, Pixels], expected: dict[int, Found], bccd_truth: CocoGroundTruth
+) -> None:
+    assert len(photographs) == 72
+    engine = bccd.engine(plan=bccd.build("native", "bf16"))
+    assert_half_is_as_good(engine, photographs, expected, bccd, bccd_truth, BF16_LOST, AP_POINTS)
 
 
 @pytest.mark.shared
@@ -264,7 +264,7 @@ def test_fp16_finds_the_same(
 @pytest.mark.gpu
 @pytest.mark.shared
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("precision", "lost"), [("fp16", FP16_LOST), ("bf16", 0.05)])
+@pytest.mark.parametrize(("precision", "lost"), [("fp16", FP16_LOST), ("bf16", BF16_LOST)])
 def test_halves_on_cuda(
     bccd: Subject,
     photographs: dict[int, Pixels],
