@@ -14,10 +14,13 @@ from torch import Tensor
 from fpn_engine.errors import BackendError, DeviceMemoryError
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.runtime.captured import CapturedRunner
+from fpn_engine.runtime.gate import Gate
 
 StreamT = TypeVar("StreamT")
 # A capture begins by waiting for the whole device, and no other may be under way then; nor may memory be given back.
 _ONE_CAPTURE = threading.Lock()
+# Decoders are libraries that make and free memory as they run; none is at it while something is captured.
+DECODING = Gate()
 # As what a lack of memory is reported, also inside libraries: torch passes over cuDNN's kernels that have no room.
 _LACKS = ("out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
 _STREAMS = 32  # that torch hands out in turn
@@ -121,7 +124,7 @@ class CudaCapture:
         stream = self._transport.stream
         graph = torch.cuda.CUDAGraph()
         run()  # in this thread: cuDNN's and cuBLAS's handles are a thread's own, and cannot be made during a capture
-        with _ONE_CAPTURE:
+        with _ONE_CAPTURE, DECODING.alone():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the capture does the same; before it, so that what it frees is not counted
             free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import logging
@@ -23,7 +22,7 @@ from fpn_engine.errors import BackendError, ImageError
 from fpn_engine.image_file import MAX_PIXELS, OpenImage, describe, open_image
 from fpn_engine.images import decode_image, orientation, to_array
 from fpn_engine.jpeg import read_plain
-from fpn_engine.runtime.cuda import explaining
+from fpn_engine.runtime.cuda import DECODING, explaining
 from fpn_engine.tasks import AnyPixels
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 # The first with meta-pytorch/torchcodec#1634: before it the hardware decoder overwrote memory that was still read.
 TORCHCODEC = "0.17"
 MAX_BYTES = 1 << 28  # of a file that is read as a whole; larger ones hold something else beside an image
-HIGH_PRIORITY = -1  # torch keeps these streams apart, so that none is a runner's that may be under capture
+HIGH_PRIORITY = -1  # torch keeps these streams apart, so that none is a runner's
 PROBE_COLOUR, PROBE_SIDE, PROBE_TOLERANCE = (200, 100, 50), 32, 8
 
 # EXIF orientation: whether rows and columns change places, then which of (rows, columns) are reversed.
@@ -114,7 +113,12 @@ def make_cuda_reader(device: torch.device) -> DeviceReader:
 
     Raises: BackendError where TorchCodec is missing, older than ``TORCHCODEC``, or decodes nothing there.
     """
-    decode = functools.partial(load_torchcodec(), mode="RGB", device=device)
+    decode_jpeg = load_torchcodec()
+
+    def decode(data: bytes) -> Tensor:
+        # Of bytes TorchCodec makes a tensor itself, and hides torch's warning by a switch that threads share.
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB", device=device)
+
     apart = _Apart(device)
     with apart():
         probe(decode, device)
@@ -161,7 +165,7 @@ def probe(decode: Callable[[bytes], Tensor], device: torch.device) -> None:
 
 
 class _Apart:
-    """A stream of each thread's own: TorchCodec waits for the current one, before and after it decodes."""
+    """A stream of each thread's own, since TorchCodec waits for the current one; and no capture meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -173,9 +177,10 @@ class _Apart:
             stream = getattr(self._of_thread, "stream", None)
             if stream is None:
                 stream = self._of_thread.stream = torch.cuda.Stream(priority=HIGH_PRIORITY)
-            with torch.cuda.stream(stream):
-                yield
-            stream.synchronize()  # of turning; where the decoder broke the device, this says so
+            with DECODING.together():
+                with torch.cuda.stream(stream):
+                    yield
+                stream.synchronize()  # of turning; where the decoder broke the device, this says so
 
 
 def _first_line(error: Exception) -> str:

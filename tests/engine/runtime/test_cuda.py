@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpn_engine.errors import BackendError, DeviceMemoryError
-from fpn_engine.runtime.cuda import CudaCapture, explaining, find_free_stream
+from fpn_engine.runtime.cuda import DECODING, CudaCapture, explaining, find_free_stream
 
 DEVICE = torch.device("cuda", 0)
 
@@ -65,6 +65,7 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         assert (pool, stream, capture_error_mode) == ((0, 7), "a stream", "thread_local")
+        assert DECODING._alone == 1, "a decoder could break the capture"
         self.log.append("begin")
         yield
         self.reserved += 3000

@@ -18,6 +18,7 @@ from PIL import Image
 from fpn_engine.errors import BackendError, DeviceMemoryError, ImageError
 from fpn_engine.images import read_image
 from fpn_engine.runtime import device_reader
+from fpn_engine.runtime.cuda import DECODING
 from fpn_engine.runtime.device_reader import DeviceReader, load_torchcodec, make_cuda_reader, probe
 from tests.engine.image_files import photograph, save
 from tests.engine.runtime.jpeg_stand_ins import RecordingDecoder, outcome, write
@@ -114,10 +115,12 @@ def test_each_thread_decodes_on_a_stream_of_its_own(
     """High priority ones, of which no runner's is one, so that a capture never meets them."""
     calls: list[dict[str, Any]] = []
 
-    def decode_jpeg(data: bytes, **options: Any) -> torch.Tensor:
+    def decode_jpeg(data: torch.Tensor, **options: Any) -> torch.Tensor:
         assert fake_cuda[-1] is not None
+        assert DECODING._inside == 1
+        assert (data.dtype, data.ndim) == (torch.uint8, 1)
         calls.append(options)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data.numpy().tobytes())) as image:
             return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
     monkeypatch.setattr(device_reader, "load_torchcodec", lambda: decode_jpeg)
