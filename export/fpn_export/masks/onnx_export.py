@@ -43,8 +43,7 @@ def export_mask_onnx(model: FpnMasks, *, on_progress: Callable[[str], None] = la
     """
     spec, folded = model.spec, fold_batch_norm(model)
     on_progress("trunk")
-    names = [*spec.level_names, *(f"scores_{level}" for level in spec.level_names)]
-    trunk = export_trunk(_TrunkModule(folded), names)
+    trunk = export_mask_trunk(folded)
     on_progress("winners and masks")
     g = OnnxGraph("mask_")
     _add_winners(g, spec)
@@ -67,6 +66,12 @@ def export_mask_onnx(model: FpnMasks, *, on_progress: Callable[[str], None] = la
         [*trunk.graph.initializer, *g.initializers],
     )
     return finish(graph, {MASK_SPEC_KEY: spec.to_json()})
+
+
+def export_mask_trunk(model: FpnMasks) -> ModelProto:
+    """``image`` to the levels ``p2``.. and the logits ``scores_p2``.., (N, A, H, W) each; batch norms folded before."""
+    names = [*model.spec.level_names, *(f"scores_{level}" for level in model.spec.level_names)]
+    return export_trunk(_TrunkModule(model), names)
 
 
 def _add_winners(g: OnnxGraph, spec: MaskSpec) -> None:

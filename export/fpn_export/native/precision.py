@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES
-from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, Cast, Conv, Linear, Op, Slice
+from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, STORED, Cast, Conv, Linear, Op, Slice, WindowScore
 from fpn_engine.backends.native.program import Program
 from fpn_export.native.network import Array, Network
 
@@ -34,11 +34,11 @@ def in_bfloat16(network: Network, float32: Collection[str]) -> Lowered:
     outputs = list(network.outputs)
     for op in network.ops:
         if op.output in exact:
-            (source,) = op.inputs
-            if source not in casts:
-                casts[source] = f"{source}:{FLOAT32}"
-                ops.append(Cast(inputs=(source,), output=casts[source], dtype=FLOAT32))
-            op = dataclasses.replace(op, inputs=(casts[source],))
+            for source in op.inputs:
+                if source not in casts:
+                    casts[source] = f"{source}:{FLOAT32}"
+                    ops.append(Cast(inputs=(source,), output=casts[source], dtype=FLOAT32))
+            op = dataclasses.replace(op, inputs=tuple(casts[source] for source in op.inputs))
         ops.append(op)
     _cast_others(ops, outputs, exact, float32)
     program = Program(input=network.input, input_dtype=BFLOAT16, ops=tuple(ops), outputs=tuple(outputs))
@@ -80,7 +80,8 @@ def _makers(network: Network, names: Collection[str]) -> set[str]:
         if isinstance(op, Slice):
             op = network.ops[makers[op.inputs[0]]]
         readers = {other.output for other in network.ops if op.output in other.inputs} - set(names)
-        if isinstance(op, (Conv, Linear)) and len(op.inputs) == 1 and not readers:
+        alone = isinstance(op, WindowScore) or (isinstance(op, (Conv, Linear)) and len(op.inputs) == 1)
+        if alone and not readers:
             found.add(op.output)
     return found
 
@@ -93,7 +94,7 @@ def _convert(program: Program, arrays: dict[str, Array]) -> Lowered:
     for op in program.ops:
         dtype = dtypes[op.inputs[0]]
         renamed: dict[str, Any] = {}
-        for field in ("weight", "bias", "scale", "shift"):
+        for field in STORED:
             if name := getattr(op, field, None):
                 renamed[field] = key = name if dtype == program.input_dtype else f"{name}:{dtype}"
                 if key not in weights:

@@ -30,6 +30,7 @@ from fpn_engine.backends.native.ops import (
     Slice,
     Unflatten,
     Upsample,
+    WindowScore,
 )
 from fpn_engine.backends.native.program import Program, read_program
 
@@ -50,8 +51,9 @@ EVERY_OP: list[Op] = [
     Unflatten(inputs=("o",), output="p", height=2, width=1),
     Cast(inputs=("p",), output="q", dtype=BFLOAT16),
     Slice(inputs=("q",), output="r", start=0, stop=2),
+    WindowScore(inputs=("d", "e"), output="z", weight="w3", scale="s", shift="t"),
 ]
-PROGRAM = Program(input="x", ops=tuple(EVERY_OP), outputs=("r", "e"))
+PROGRAM = Program(input="x", ops=tuple(EVERY_OP), outputs=("r", "e", "z"))
 SHAPES = dict.fromkeys(PROGRAM.weights(), (1,))
 
 

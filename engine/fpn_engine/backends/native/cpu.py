@@ -47,7 +47,9 @@ from fpn_engine.backends.native.ops import (
     Slice,
     Unflatten,
     Upsample,
+    WindowScore,
 )
+from fpn_engine.backends.native.overlap_save import MAX_SPECTRUM_BYTES, OverlapSave, spectrum_bytes
 from fpn_engine.backends.native.program import Program
 from fpn_engine.backends.native.winograd import WinogradWeights
 
@@ -84,6 +86,8 @@ def make_run(op: Op, weights: Weights, fused: bool = False, transformed: Weights
     """The function of one operation, in the number type of its inputs; the rest is of :func:`make_convolution`."""
     if isinstance(op, Conv):
         return make_convolution(op, weights, fused, transformed)
+    if isinstance(op, WindowScore):
+        return _make_window_score(op, weights, fused)
     return _MAKERS[type(op)](op, weights)
 
 
@@ -108,6 +112,27 @@ def _make_linear(op: Linear, weights: Weights) -> Run:
         else:
             out = torch.addmm(bias, inputs[0], columns, out=out)
         return activate_(out, op.activation)
+
+    return run
+
+
+def _make_window_score(op: WindowScore, weights: Weights, fused: bool) -> Run:
+    """By spectra where oneDNN is there and they do not take too much memory, else convolution by convolution."""
+    weight, score = weights[op.weight], weights[op.scale]
+    bias, score_bias = (None if name is None else weights[name] for name in (op.bias, op.shift))
+    hidden, kernel, _, channels = weight.shape
+
+    def convolve(levels: Sequence[Tensor]) -> list[Tensor]:
+        maps = [F.conv2d(nchw(x), nchw(weight), bias, padding=kernel // 2).relu_() for x in levels]
+        return [F.conv2d(x, score.view(1, -1, 1, 1), score_bias)[:, 0] for x in maps]
+
+    score_levels: Callable[[Sequence[Tensor]], list[Tensor]] = convolve
+    if fused and weight.dtype == torch.float32 and spectrum_bytes(channels, hidden, kernel) <= MAX_SPECTRUM_BYTES:
+        score_levels = OverlapSave(weight, bias, score, score_bias)
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        scores = torch.cat([level.flatten(1) for level in score_levels(inputs)], dim=1)[:, :, None, None]
+        return scores if out is None else out.copy_(scores)
 
     return run
 

@@ -14,6 +14,7 @@ FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 ACTIVATIONS = ("none", "relu", "clip", "sigmoid", "hardswish")
 UNIT = (1, 1)
+STORED = ("weight", "bias", "scale", "shift")  # fields that name stored tensors
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -67,7 +68,7 @@ class Op:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the stored tensors that it reads."""
-        names = (getattr(self, field, None) for field in ("weight", "bias", "scale", "shift"))
+        names = (getattr(self, field, None) for field in STORED)
         return tuple(name for name in names if name is not None)
 
     @property
@@ -120,6 +121,24 @@ class Linear(Op):
     def __post_init__(self) -> None:
         super(Linear, self).__post_init__()
         _require_dtype(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowScore(Op):
+    """Scores of an MLP that slides over all ``inputs``, its hidden channels stored nowhere (Lin et al. 2017, sec. 6).
+
+    The sum of ``scale`` times relu(convolution of ``weight`` and ``bias``), plus ``shift``, at every cell: (N, M, 1, 1)
+    for the M cells of the inputs one after another, rows first. ``weight`` is (O, k, k, C), k odd, zeros around;
+    ``bias`` and ``scale`` are (O,), ``shift`` is (1,).
+    """
+
+    KIND: ClassVar[str] = "window_score"
+    ARITY: ClassVar[tuple[int, int]] = (1, 16)
+
+    weight: str
+    scale: str
+    bias: str | None = None
+    shift: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +281,7 @@ class Cast(Op):
 OPS: tuple[type[Op], ...] = (
     Conv,
     Linear,
+    WindowScore,
     MaxPool,
     AveragePool,
     GlobalAveragePool,

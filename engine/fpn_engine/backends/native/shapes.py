@@ -24,6 +24,7 @@ from fpn_engine.backends.native.ops import (
     Slice,
     Unflatten,
     Upsample,
+    WindowScore,
 )
 
 Shape = tuple[int, ...]
@@ -87,6 +88,19 @@ def _linear(op: Linear, shapes: Sequence[Shape], weights: Shapes) -> Shape:
     _require(width == columns, f"rows of {width} on a weight {weights[op.weight]}")
     _fit_vector(op.bias, out, weights)
     return rows, out
+
+
+@infer_shape.register
+def _window_score(op: WindowScore, shapes: Sequence[Shape], weights: Shapes) -> Shape:
+    out, kernel_h, kernel_w, channels = weights[op.weight]
+    _require(kernel_h == kernel_w and kernel_h % 2 == 1, f"a weight {weights[op.weight]}")
+    n, *_ = _map(shapes[0])
+    for shape in shapes:
+        images, _, _, c = _map(shape)
+        _require((images, c) == (n, channels), f"{shape} on a weight {weights[op.weight]}")
+    for name, length in ((op.bias, out), (op.scale, out), (op.shift, 1)):
+        _fit_vector(name, length, weights)
+    return n, sum(h * w for _, h, w, _ in shapes), 1, 1
 
 
 @infer_shape.register(MaxPool)
