@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fpn_engine.masks.spec import AnySpec
 from fpn_engine.resizing import padded_size, resized_size
-from fpn_engine.spec import ModelSpec
 from fpn_engine.tasks import NON_FINITE, PaddedDetections
 
 Size = tuple[int, int]
@@ -26,7 +26,7 @@ class Batch:
 
 
 def make_batches(
-    shapes: Sequence[Size], spec: ModelSpec, batch_size: int, bucket: Callable[[Size], Size]
+    shapes: Sequence[Size], spec: AnySpec, batch_size: int, bucket: Callable[[Size], Size]
 ) -> Iterator[Batch]:
     """Group images of original sizes ``shapes`` by the padded size that ``bucket`` takes, batch_size at a time."""
     groups: dict[Size, list[tuple[int, Size]]] = {}

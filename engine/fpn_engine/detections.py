@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fpn_engine.masks.polygons import trace_polygons
+from fpn_engine.masks.run_lengths import Masks, RunLengths, decode_masks
 from fpn_engine.spec import Category
 
 
@@ -31,6 +33,7 @@ class Detections:
         image_size: (height, width) of the original image in pixels.
         categories: the classes the model knows, in label order.
         source: where the image came from, if it was a file.
+        run_lengths: the mask of each, of the original image, where the model makes masks; boxes are then around them.
     """
 
     boxes: NDArray[np.float32]
@@ -39,6 +42,7 @@ class Detections:
     image_size: tuple[int, int]
     categories: tuple[Category, ...]
     source: str | None = None
+    run_lengths: tuple[RunLengths, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -58,20 +62,41 @@ class Detections:
         ids = np.array([0, *(category.id for category in self.categories)], dtype=np.int64)
         return ids[self.labels]
 
+    @property
+    def masks(self) -> Masks | None:
+        """(n, H, W) bool in pixels of the original image; None of a model without masks."""
+        return None if self.run_lengths is None else decode_masks(self.run_lengths, self.image_size)
+
+    @property
+    def polygons(self) -> list[list[list[float]]] | None:
+        """The outlines of each mask, as :func:`fpn_engine.masks.polygons.trace_polygons` gives them, or None."""
+        if self.run_lengths is None:
+            return None
+        return [trace_polygons(decode_masks([one], self.image_size)[0]) for one in self.run_lengths]
+
     def filter(self, *, min_score: float = 0.0, classes: Collection[str | int] | None = None) -> Self:
         """Only those with score >= ``min_score`` and a class among ``classes`` (names or category ids)."""
         keep = self.scores >= min_score
         if classes is not None:
             wanted = [c.name in classes or c.id in classes for c in self.categories]
             keep = keep & np.array([False, *wanted])[self.labels]
-        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+        return self._take(np.nonzero(keep)[0])
 
     def best(self, n: int) -> Self:
         """The ``n`` with the highest scores, or all if there are fewer."""
-        return replace(self, boxes=self.boxes[:n], scores=self.scores[:n], labels=self.labels[:n])
+        return self._take(np.arange(min(n, len(self))))
+
+    def _take(self, rows: NDArray[np.int64]) -> Self:
+        masks = None if self.run_lengths is None else tuple(self.run_lengths[row] for row in rows.tolist())
+        return replace(
+            self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], run_lengths=masks
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: image, height, width and a list of {category_id, name, score, box}."""
+        """JSON-ready: image, height, width and a list of {category_id, name, score, box}.
+
+        Of a model that makes masks each has a "mask" too, a compressed COCO RLE, {"size": [height, width], "counts"}.
+        """
         rows = zip(
             self.category_ids.tolist(),
             self.names,
@@ -79,11 +104,16 @@ class Detections:
             shortest_floats(self.boxes),
             strict=True,
         )
+        found: list[dict[str, Any]] = [
+            dict(zip(("category_id", "name", "score", "box"), row, strict=True)) for row in rows
+        ]
+        for detection, mask in zip(found, self.run_lengths or (), strict=self.run_lengths is not None):
+            detection["mask"] = dict(mask)
         return {
             "image": self.source,
             "height": self.image_size[0],
             "width": self.image_size[1],
-            "detections": [dict(zip(("category_id", "name", "score", "box"), row, strict=True)) for row in rows],
+            "detections": found,
         }
 
 

@@ -19,6 +19,7 @@ from fpn_engine.errors import DeviceMemoryError, FpnEngineError, ImageError, Opt
 from fpn_engine.images import to_array
 from fpn_engine.light import is_light
 from fpn_engine.load_options import LoadOptions, decodes_on_gpu
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
 from fpn_engine.reading import ReadAhead, ReadImage, ReadItem
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # torch is imported where it is needed, which for a light pla
 
     from fpn_engine.images import ImageLike
     from fpn_engine.light.runner import LightRunner
-    from fpn_engine.pipeline import Pipeline
+    from fpn_engine.runtime.runner import AnyPipeline
 
 MAX_READERS = 16  # threads that decode for a GPU; for the CPU, which has its own work, there is one
 
@@ -56,7 +57,7 @@ class Engine:
 
     def __init__(
         self,
-        pipeline: Pipeline | Sequence[Pipeline] | LightRunner,
+        pipeline: AnyPipeline | Sequence[AnyPipeline] | LightRunner,
         *,
         batch_size: int = 1,
         buckets: int | Sequence[Size] | None = None,
@@ -68,7 +69,7 @@ class Engine:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         pipelines: list[Any] = list(pipeline) if isinstance(pipeline, Sequence) else [pipeline]
-        self.spec: ModelSpec = pipelines[0].spec
+        self.spec: AnySpec = pipelines[0].spec
         self._device = str(pipelines[0].device)
         self.batch_size = batch_size
         self._buckets = Buckets(buckets, self.spec.size_divisor)
@@ -95,9 +96,8 @@ class Engine:
             batch_size, buckets = options.get("batch_size", 1), options.get("buckets")
             return cls(light, batch_size=batch_size, buckets=buckets, runner=light)
 
-        from fpn_engine.backends.loading import load_parts
+        from fpn_engine.backends.loading import load_pipeline
         from fpn_engine.devices import choose_device
-        from fpn_engine.pipeline import Pipeline
 
         device = choose_device(plan.manifest, options.get("device"))
         if streams < 1 or (streams > 1 and device.type == "cpu"):
@@ -107,9 +107,8 @@ class Engine:
             from fpn_engine.runtime.device_reader import make_cuda_reader
 
             read = make_cuda_reader(device)
-        spec = plan.manifest.spec
         return cls(
-            [Pipeline(spec, *load_parts(plan, threads, device), device) for _ in range(streams)],
+            [load_pipeline(plan, threads, device) for _ in range(streams)],
             batch_size=options.get("batch_size", 1),
             buckets=options.get("buckets"),
             graphs=options.get("graphs", True),
@@ -154,7 +153,9 @@ class Engine:
         for key in sorted(found, key=areas.__getitem__, reverse=True):  # so that smaller graphs fit into the pool
             shape, batch = found[key]
             image = np.zeros((*shape, 3), np.uint8)
-            given = None if spec.has_rpn else [np.zeros((spec.rpn_post_nms_top_n_test, 4), np.float32)] * key[0]
+            given = None
+            if isinstance(spec, ModelSpec) and not spec.has_rpn:
+                given = [np.zeros((spec.rpn_post_nms_top_n_test, 4), np.float32)] * key[0]
             group = Group([image] * key[0], batch.image_sizes, given)
             self._runner.warm(group, Task(padded_size=batch.padded_size, thresholds=thresholds))
 
@@ -226,6 +227,8 @@ class Engine:
 
         Raises as a call of the engine does, and ProposalError for a Fast R-CNN.
         """
+        if isinstance(self.spec, MaskSpec):
+            raise ProposalError("a mask-proposal model has no RPN; what it proposes is what a call of the engine gives")
         if not self.spec.has_rpn:
             raise ProposalError("a Fast R-CNN has no RPN and proposes nothing")
         listed: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
@@ -239,7 +242,12 @@ class Engine:
     def thresholds(
         self, score: float | None = None, nms: float | None = None, max_detections: int | None = None
     ) -> Thresholds:
-        """The spec's thresholds with those given instead. Raises ValueError outside 0..1 or below one detection."""
+        """The spec's thresholds with those given instead.
+
+        Raises: ValueError outside 0..1 or below one detection, OptionError for an NMS threshold of mask proposals.
+        """
+        if nms is not None and isinstance(self.spec, MaskSpec):
+            raise OptionError("mask proposals go through no NMS; leave its threshold out")
         return Thresholds.of(self.spec).override(
             box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=max_detections
         )

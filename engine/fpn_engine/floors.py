@@ -9,12 +9,13 @@ from fpn_engine.backends.native.packing import unpack_part
 from fpn_engine.batching import Batch
 from fpn_engine.plan import Manifest, Plan
 from fpn_engine.roofline import DTYPES, Peaks, count_mapping
+from fpn_engine.spec import ModelSpec
 from fpn_engine.stages import BOX_HEAD, STAGES, TRUNK
 
 
 def has_floors(manifest: Manifest) -> bool:
-    """Whether they can be counted: those of native plans, which hold their operations as data."""
-    return manifest.backend == "native" and manifest.precision in DTYPES
+    """Whether they can be counted: those of detectors' native plans, which hold their operations as data."""
+    return isinstance(manifest.spec, ModelSpec) and manifest.backend == "native" and manifest.precision in DTYPES
 
 
 def count_floors(plan: Plan, batches: Iterable[Batch], peaks: Peaks) -> Mapping[str, float]:
@@ -22,7 +23,7 @@ def count_floors(plan: Plan, batches: Iterable[Batch], peaks: Peaks) -> Mapping[
 
     Operations count one after another, as they run; the box head runs on all proposals that may be.
     """
-    spec, found = plan.manifest.spec, dict[str, float]()
+    spec, found = plan.manifest.detector, dict[str, float]()
     programs = {name: unpack_part(name, plan.parts) for name in ("trunk", "head")[: 1 + spec.has_box_head]}
     itemsize = DTYPES[plan.manifest.precision].itemsize
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Named models: the one that comes with the package, and those that torchvision publishes and this engine runs."""
+"""Named models: those that come with the package, and those that torchvision publishes and this engine runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class NamedModel:
     Attributes:
         name, builder: what it is called here, and the function that makes it in torchvision, which is understood too.
         about: what it detects, for people.
-        file_name: as published; its last part are the first eight hex digits of the file's SHA-256. Empty for the
-            bundled model.
+        file_name: as published; its last part are the first eight hex digits of the file's SHA-256. Empty for those
+            that come along.
         megabytes: size of the file.
     """
 
@@ -41,6 +41,7 @@ class NamedModel:
 
 MODELS = (
     NamedModel(name=BUNDLED, about="shapes in generated scenes; comes with fpn-engine"),
+    NamedModel(name="scene-masks", about="mask proposals for generated scenes; comes with fpn-engine"),
     NamedModel(
         name="coco",
         about="COCO's 80 classes, torchvision's Faster R-CNN R50-FPN",

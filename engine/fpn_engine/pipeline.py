@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
+from fpn_engine.preprocessing import preprocess_batch
 from fpn_engine.spec import ModelSpec
 from fpn_engine.stages import BOX_HEAD, DETECTIONS, POOLING, PREPROCESS, PROPOSALS, TRUNK, stage
-from fpn_engine.tasks import PaddedDetections, Thresholds
+from fpn_engine.tasks import PaddedDetections, Task, Thresholds
 from fpn_kernels import (
     PackedImages,
     decode_proposals,
@@ -25,7 +26,6 @@ from fpn_kernels import (
     multilevel_roi_align,
     multilevel_roi_pool,
     padded_nms,
-    preprocess,
     select_candidates,
     select_topk,
 )
@@ -84,17 +84,9 @@ class Pipeline:
 
         Args: image_sizes: (N, 2) int64, resized height and width before padding.
         """
-        spec = self.spec
+        dtype = getattr(self.trunk, "input_dtype", torch.float32)
         with stage(PREPROCESS):
-            return preprocess(
-                *packed,
-                image_sizes,
-                padded_size,
-                spec.image_mean,
-                spec.image_std,
-                reverse_channels=spec.channel_order == "bgr",
-                dtype=getattr(self.trunk, "input_dtype", torch.float32),
-            )
+            return preprocess_batch(self.spec, packed, image_sizes, padded_size, dtype)
 
     def __call__(
         self, images: Tensor, image_sizes: Tensor, thresholds: Thresholds, proposals: Proposals | None = None
@@ -117,6 +109,19 @@ class Pipeline:
         if proposals is None:
             proposals = self.propose(out, images.shape[-2:], image_sizes)
         return self.classify(out, proposals, image_sizes, thresholds)
+
+    def run(
+        self, images: Tensor, image_sizes: Tensor, task: Task, proposals: Proposals | None = None
+    ) -> PaddedDetections:
+        """A task on a preprocessed batch: a call, or :meth:`find_proposals`."""
+        if task.thresholds is None:
+            return self.find_proposals(images, image_sizes)
+        return self(images, image_sizes, task.thresholds, proposals)
+
+    @property
+    def captures(self) -> bool:
+        """Whether the parts can be recorded in a CUDA graph."""
+        return all(getattr(part, "captures", True) for part in (self.trunk, self.head))
 
     def find_proposals(self, images: Tensor, image_sizes: Tensor) -> PaddedDetections:
         """The RPN's proposals in a preprocessed batch as detections of label 1, rpn_post_nms_top_n_test slots.

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from fpn_engine.errors import PlanError
 from fpn_engine.files import replacing
+from fpn_engine.masks.spec import AnySpec, MaskSpec, read_spec
 from fpn_engine.spec import ModelSpec
 
 FORMAT_VERSION = 2  # 2: a plan for ONNX Runtime on the CPU holds joints too
@@ -49,7 +50,7 @@ class Manifest:
         parts: the files inside.
     """
 
-    spec: ModelSpec
+    spec: AnySpec
     backend: str
     precision: str
     device: str
@@ -63,6 +64,13 @@ class Manifest:
     def runtime(self) -> str:
         """How it runs, for people: onnxruntime fp32 on the CPU."""
         return f"{self.backend} {self.precision} on the {self.device.upper()}"
+
+    @property
+    def detector(self) -> ModelSpec:
+        """The spec of a detector. Raises PlanError for a mask-proposal model."""
+        if isinstance(self.spec, MaskSpec):
+            raise PlanError(f"the plan built from {self.source} is of a mask-proposal model; give one of a detector")
+        return self.spec
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self) | {"spec": self.spec.to_dict()}
@@ -81,7 +89,7 @@ class Manifest:
         for name, part in parts.items():
             _require_type(f"parts.{name}.size", part.size, int)
             _require_type(f"parts.{name}.sha256", part.sha256, str)
-        return cls(**{**values, "spec": ModelSpec.from_dict(values["spec"]), "parts": parts})
+        return cls(**{**values, "spec": read_spec(values["spec"]), "parts": parts})
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,14 +120,17 @@ class CocoWriter:
 
 
 def coco_results(detections: Detections, image_id: int | str) -> list[dict[str, Any]]:
-    """The COCO results of one image: boxes as x, y, width, height in pixels of the original."""
+    """The COCO results of one image: boxes as x, y, width, height in pixels of the original, and masks if there are."""
     corners = detections.boxes
     bboxes = shortest_floats(np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]))
     scores = shortest_floats(detections.scores)
-    return [
+    results: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
         for category_id, bbox, score in zip(detections.category_ids.tolist(), bboxes, scores, strict=True)
     ]
+    for result, mask in zip(results, detections.run_lengths or (), strict=detections.run_lengths is not None):
+        result["segmentation"] = dict(mask)
+    return results
 
 
 def find_image_id(source: str, image_ids: Mapping[str, int] | None) -> int | str:

@@ -164,6 +164,16 @@ class ModelSpec(JsonSpec):
         return self.model != "rpn"
 
     @property
+    def head_names(self) -> tuple[str, ...]:
+        """The networks behind the trunk: the box head."""
+        return ("head",) if self.has_box_head else ()
+
+    @property
+    def most_candidates(self) -> int:
+        """Boxes per image that can be detections: each proposal may be one of every class."""
+        return self.rpn_post_nms_top_n_test * len(self.categories)
+
+    @property
     def coarsest_stage(self) -> int:
         """The last stage of the ResNet that is computed: 5, or the last level where none reads beyond it."""
         return COARSEST_STAGE if self.pyramid in ("fpn", "top_down") else min(self.levels[-1], COARSEST_STAGE)
@@ -203,6 +213,10 @@ class ModelSpec(JsonSpec):
             return f"C{self.levels[0]} of {self.feature_channels} channels"
         kind = "" if self.pyramid == "fpn" else f"{self.pyramid} "
         return f"{kind}pyramid of {self.fpn_channels} channels"
+
+    def describe_results(self) -> str:
+        """What comes out, for people: 91 classes."""
+        return f"{len(self.categories)} classes"
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:

@@ -24,11 +24,7 @@ class JsonSpec:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"the model specification is not valid JSON: {error}") from None
-        return cls.from_dict(values)
+        return cls.from_dict(parse_spec_json(text))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -44,6 +40,14 @@ class JsonSpec:
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """Build a spec from JSON values of known keys. Raises SpecError for wrong types."""
         raise NotImplementedError
+
+
+def parse_spec_json(text: str) -> Any:
+    """The values in a JSON text. Raises SpecError for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"the model specification is not valid JSON: {error}") from None
 
 
 def convert_value(name: str, convert: Any, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fpn_engine.spec import ModelSpec
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,8 @@ AnyPixels: TypeAlias = "NDArray[np.uint8] | torch.Tensor"  # (H, W, 3) uint8 RGB
 class Thresholds:
     """What may change from call to call without a rebuild; scores and IoUs in 0..1.
 
-    The boxes are the detections; those of an RPN alone are its proposals.
+    The boxes are the detections; those of an RPN alone are its proposals, and those of a mask-proposal model lie around
+    its masks, which go through no NMS.
     """
 
     box_score_thresh: float
@@ -39,7 +40,9 @@ class Thresholds:
             raise ValueError(f"box_detections_per_img must be at least 1, not {self.box_detections_per_img}")
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Self:
+    def of(cls, spec: AnySpec) -> Self:
+        if isinstance(spec, MaskSpec):
+            return cls(box_score_thresh=0.0, box_nms_thresh=1.0, box_detections_per_img=spec.masks_per_img)
         of_boxes = (spec.box_score_thresh, spec.box_nms_thresh)
         score, nms = of_boxes if spec.has_box_head else (spec.rpn_score_thresh, spec.rpn_nms_thresh)
         return cls(box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=spec.box_detections_per_img)
@@ -90,10 +93,30 @@ class PaddedDetections(NamedTuple):
     status: Array
 
 
+class PaddedMasks(NamedTuple):
+    """Mask proposals of a batch, best first, K slots for every image.
+
+    Attributes:
+        regions: (N, K, 4) float32, the squares that the masks cover, x1 y1 x2 y2 in pixels of the resized image; they
+            may reach beyond it. scores: (N, K) float32 in 0..1, descending.
+        masks: (N, K, S, S) float32, logits.
+        counts: (N,) int64, those of the least score or more. status: (N,) int64, 0 or NON_FINITE.
+    """
+
+    regions: Array
+    scores: Array
+    masks: Array
+    counts: Array
+    status: Array
+
+
+Found: TypeAlias = PaddedDetections | PaddedMasks
+
+
 class Pending(Protocol):
     """A result that is on its way."""
 
-    def wait(self) -> PaddedDetections:
+    def wait(self) -> Found:
         """What was found, in host memory, a row per image. Waits for the device; any number of times."""
         ...
 
@@ -101,10 +124,10 @@ class Pending(Protocol):
 class Ready:
     """A result that is there."""
 
-    def __init__(self, found: PaddedDetections) -> None:
+    def __init__(self, found: Found) -> None:
         self._found = found
 
-    def wait(self) -> PaddedDetections:
+    def wait(self) -> Found:
         return self._found
 
 

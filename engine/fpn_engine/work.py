@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fpn_engine.batching import Batch, trim
+from fpn_engine.batching import Batch, Size, trim
 from fpn_engine.detections import Detections
 from fpn_engine.errors import FpnEngineError, NonFiniteError
-from fpn_engine.spec import ModelSpec
-from fpn_engine.tasks import AnyPixels, Pending
+from fpn_engine.masks.spec import AnySpec, MaskSpec
+from fpn_engine.tasks import AnyPixels, Found, PaddedMasks, Pending
 
 Pixels = NDArray[np.uint8]
 NON_FINITE_REASON = "the network gave NaN or infinity; check the checkpoint's weights"
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 class Work:
     """Images whose batches are under way."""
 
-    def __init__(self, spec: ModelSpec, images: Sequence[AnyPixels]) -> None:
+    def __init__(self, spec: AnySpec, images: Sequence[AnyPixels]) -> None:
         self.images = images
         self.batches: list[tuple[Batch, Pending]] = []
         self.failures: dict[int, FpnEngineError] = {}
@@ -46,14 +46,22 @@ class Work:
             found = pending.wait()
             for row, index in enumerate(batch.indices):
                 h, w = self.images[index].shape[:2]
-                trimmed = trim(found, row, (h, w), batch.image_sizes[row])
-                if trimmed is None:
-                    results[index] = NonFiniteError(NON_FINITE_REASON)
-                else:
-                    results[index] = Detections(
-                        **trimmed._asdict(), image_size=(h, w), categories=self._spec.categories
-                    )
+                read = _read(self._spec, found, row, (h, w), batch.image_sizes[row])
+                results[index] = NonFiniteError(NON_FINITE_REASON) if read is None else read
         return [results[index] for index in range(len(self.images))]
+
+
+def _read(spec: AnySpec, found: Found, row: int, shape: Size, image_size: Size) -> Detections | None:
+    """What was found in one image, in pixels of the original, or None if the network gave NaN or infinity."""
+    if isinstance(found, PaddedMasks):
+        from fpn_engine.masks.reading import read_masks  # needs torch, which detectors can do without
+
+        assert isinstance(spec, MaskSpec)  # for mypy
+        return read_masks(spec, found, row, shape, image_size)
+    trimmed = trim(found, row, shape, image_size)
+    if trimmed is None:
+        return None
+    return Detections(**trimmed._asdict(), image_size=shape, categories=spec.categories)
 
 
 class Window(NamedTuple):

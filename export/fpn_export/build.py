@@ -20,18 +20,18 @@ from fpn_engine.backends.loading import BACKENDS
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
 from fpn_engine.backends.native.loading import PRECISIONS, check_native_device
 from fpn_engine.backends.native.packing import unpack_part
-from fpn_engine.backends.native.parts import NativeTrunk
-from fpn_engine.backends.ort import TRUNK, OrtTrunk
+from fpn_engine.backends.ort import TRUNK
 from fpn_engine.backends.tensorrt.bindings import load_bindings
 from fpn_engine.errors import BackendError, FpnEngineError, ModelError, PlanError
 from fpn_engine.files import remove_stale, unusable_cache
 from fpn_engine.locks import alone_on
+from fpn_engine.masks.spec import AnySpec
 from fpn_engine.plan import FORMAT_VERSION, Manifest, read_plan, write_plan
 from fpn_engine.spec import ModelSpec
-from fpn_export.contest import hold_contest
+from fpn_export.contest import hold_contest, open_trunks
 from fpn_export.native.parts import make_native_parts
 from fpn_export.native.tactics import TuneFor, make_tactics
-from fpn_export.onnx_cut import cut_head, cut_trunk
+from fpn_export.networks import cut_networks
 from fpn_export.onnx_file import parse_onnx, read_bytes
 from fpn_export.onnx_joints import cut_joints
 from fpn_export.ort_cuda_parts import ProviderOptions, make_ort_cuda_parts
@@ -102,7 +102,7 @@ def build_plan(
         precision, chosen = _fit_model(model_path, model, precision, chosen)
         on_progress("cut")
         device = "cuda" if tune_for else "cpu"
-        networks = _cut(model_path, _cut_networks, model, spec)
+        networks = _cut(model_path, lambda: cut_networks(model, spec))
         maker = _PartMaker(model_path, model, networks, spec, precision, device, work, on_progress, tune_for)
         made = _make_faster(maker) if chosen == AUTO else Made(chosen, maker.make(chosen))
         versions = _versions(made.backend)
@@ -142,7 +142,7 @@ class _PartMaker(NamedTuple):
     path: Path
     model: ModelProto
     networks: dict[str, ModelProto]
-    spec: ModelSpec
+    spec: AnySpec
     precision: str
     device: str
     work: Path
@@ -155,13 +155,20 @@ class _PartMaker(NamedTuple):
                 self.path, self.networks, self.spec, self.precision, self.tune_for, self.on_progress
             )
         if isinstance(self.tune_for, ProviderOptions):
+            if not isinstance(self.spec, ModelSpec):
+                raise BackendError(
+                    "mask proposals run on CUDA natively or on TensorRT; take --backend native or tensorrt"
+                )
             return make_ort_cuda_parts(
                 self.path, self.networks, self.spec, self.precision, self.tune_for, self.on_progress
             )
         if backend == "native":
             return make_native_parts(self.path, self.networks, self.spec, self.precision, self.on_progress, self.device)
-        joints = _cut(self.path, cut_joints, self.model, self.spec)
-        return make_ort_parts(self.path, self.networks | joints, self.work, self.on_progress)
+        networks = self.networks
+        if isinstance(self.spec, ModelSpec):
+            spec = self.spec
+            networks = networks | _cut(self.path, lambda: cut_joints(self.model, spec))
+        return make_ort_parts(self.path, networks, self.work, self.on_progress)
 
 
 def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> str:
@@ -229,13 +236,8 @@ def _make_faster(maker: _PartMaker) -> Made:
     except (ModelError, BackendError) as error:
         return Made("onnxruntime", made["onnxruntime"], f"taking onnxruntime: {error}")
     maker.on_progress("time")
-    verdict = hold_contest(
-        {
-            "onnxruntime": OrtTrunk(made["onnxruntime"][TRUNK], maker.spec),
-            "native": NativeTrunk(*unpack_part("trunk", made["native"]), maker.spec),
-        },
-        maker.spec,
-    )
+    trunks = open_trunks(made["onnxruntime"][TRUNK], unpack_part("trunk", made["native"]), maker.spec)
+    verdict = hold_contest(trunks, maker.spec)
     return Made(verdict.backend, made[verdict.backend], verdict.reason)
 
 
@@ -285,15 +287,8 @@ def _alone(plan_path: Path, on_progress: Callable[[str], None]) -> Iterator[Path
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _cut_networks(model: ModelProto, spec: ModelSpec) -> dict[str, ModelProto]:
-    trunk = {"trunk": cut_trunk(model, spec)}
-    return trunk | {"head": cut_head(model, spec)} if spec.has_box_head else trunk
-
-
-def _cut(
-    path: Path, cut: Callable[[ModelProto, ModelSpec], dict[str, ModelProto]], model: ModelProto, spec: ModelSpec
-) -> dict[str, ModelProto]:
+def _cut(path: Path, cut: Callable[[], dict[str, ModelProto]]) -> dict[str, ModelProto]:
     try:
-        return cut(model, spec)
+        return cut()
     except (ModelError, ValueError) as error:  # onnx raises ValueError for a graph that hangs together badly
         raise ModelError(f"cannot cut {path}: {error}") from None

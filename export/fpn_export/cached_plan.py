@@ -11,9 +11,8 @@ from fpn_engine.errors import FpnEngineError
 from fpn_engine.files import cache_folder, replacing
 from fpn_engine.locks import alone_on
 from fpn_engine.plan import NAMED_SOURCE, read_plan
+from fpn_export.any_model import export_any, load_any
 from fpn_export.build import AUTO, ForCuda, build_key, build_plan
-from fpn_export.checkpoint import load_checkpoint
-from fpn_export.onnx_export import export_onnx
 
 FOLDER = "plans"
 
@@ -49,18 +48,18 @@ def make_cached(
     """Export and build the plan that :func:`find_cached` finds; of two processes one works, the other waits.
 
     Args: force: build it even if it is there. The others as build_plan has them.
-    Raises: FpnEngineError as load_checkpoint, export_onnx and build_plan do, and if the cache cannot be written.
+    Raises: FpnEngineError as load_any, export_any and build_plan do, and if the cache cannot be written.
     """
     plan = _locate(name, digest, backend, precision, tune_for)
     with alone_on(plan, FOLDER, lambda: on_progress("wait for another process that builds it")):
         if not force and (found := find_cached(name, digest, backend, precision, tune_for)):
             return found
         on_progress("read")
-        loaded = load_checkpoint(checkpoint)
+        loaded = load_any(checkpoint)
         model = plan.with_suffix(".onnx")
         try:
             with replacing(model) as temporary:
-                onnx.save(export_onnx(loaded.model, loaded.spec, on_progress=on_progress), str(temporary))
+                onnx.save(export_any(loaded, on_progress=on_progress), str(temporary))
             return build_plan(
                 model,
                 plan,

@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 import torch
 
-from fpn_engine.backends import Trunk
+from fpn_engine.backends.native.masks import NativeMaskTrunk
+from fpn_engine.backends.native.parts import NativeTrunk
+from fpn_engine.backends.native.program import Program
+from fpn_engine.backends.ort import OrtTrunk
+from fpn_engine.backends.ort_masks import OrtMaskTrunk
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_engine.resizing import padded_size, resized_size
-from fpn_engine.spec import ModelSpec
 
 PICTURE = (480, 640)  # the shape of most photographs; it is run at half the size that the model takes them at
 SECONDS = 2.0  # after which no further round begins
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 10
+
+RunTrunk = Callable[[torch.Tensor], object]  # images to whatever it makes of them
 
 
 class Verdict(NamedTuple):
@@ -24,8 +30,15 @@ class Verdict(NamedTuple):
     reason: str
 
 
+def open_trunks(onnx: bytes, native: tuple[Program, Mapping[str, torch.Tensor]], spec: AnySpec) -> dict[str, RunTrunk]:
+    """A model's trunk on ONNX Runtime and on the native backend."""
+    if isinstance(spec, MaskSpec):
+        return {"onnxruntime": OrtMaskTrunk(onnx, spec), "native": NativeMaskTrunk(*native, spec)}
+    return {"onnxruntime": OrtTrunk(onnx, spec), "native": NativeTrunk(*native, spec)}
+
+
 def hold_contest(
-    trunks: Mapping[str, Trunk], spec: ModelSpec, clock: Callable[[], float] = time.perf_counter
+    trunks: Mapping[str, RunTrunk], spec: AnySpec, clock: Callable[[], float] = time.perf_counter
 ) -> Verdict:
     """Run the trunks in turns on one image; the one with the shortest run wins.
 
@@ -50,7 +63,7 @@ def hold_contest(
     return Verdict(winner, f"taking {winner}: the trunk at {height}x{width} took {times}")
 
 
-def contest_size(spec: ModelSpec) -> tuple[int, int]:
+def contest_size(spec: AnySpec) -> tuple[int, int]:
     """Half the padded sides of an ordinary photograph, multiples of the size divisor."""
     h, w = padded_size(resized_size(*PICTURE, spec.min_size, spec.max_size), spec.size_divisor)
     d = spec.size_divisor

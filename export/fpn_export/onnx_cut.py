@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -23,7 +25,12 @@ def cut_trunk(model: ModelProto, spec: ModelSpec) -> ModelProto:
         names += spec.level_names[: spec.levels.index(spec.roi_levels[-1]) + 1]
     if spec.has_rpn:
         names += [f"{kind}_{level}" for kind in ("objectness", "deltas") for level in spec.level_names]
-    trunk = extract(model, ["image"], names)
+    return cut_maps(model, names)
+
+
+def cut_maps(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """``image`` to the maps ``names``, each transposed to NHWC and called ``NAME_nhwc``."""
+    trunk = extract(model, ["image"], list(names))
     shapes = {output.name: output.type.tensor_type for output in trunk.graph.output}
     del trunk.graph.output[:]
     for name in names:

@@ -14,11 +14,10 @@ from fpn_export.batch_norm import fold_batch_norm
 from fpn_export.detector import DETECTORS, FpnDetector
 from fpn_export.onnx_detections import add_detections, add_proposal_detections, add_status
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
-from fpn_export.onnx_network import export_part, export_trunk, finish, rename
+from fpn_export.onnx_network import SPEC_KEY, export_part, export_trunk, finish, rename
 from fpn_export.onnx_proposals import add_proposals, box_limits
 from fpn_export.onnx_roi_features import add_roi_features, mark_given, mark_proposed
 
-SPEC_KEY = "fpn_engine.spec"
 OVERRIDABLE = ("rpn_nms_thresh", "rpn_score_thresh", "box_score_thresh", "box_nms_thresh", "box_detections_per_img")
 
 

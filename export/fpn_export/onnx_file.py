@@ -11,8 +11,9 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, TensorProto
 
 from fpn_engine.errors import ModelError, SpecError
+from fpn_engine.masks.spec import AnySpec, MaskSpec, read_spec_json
 from fpn_engine.spec import ModelSpec
-from fpn_export.onnx_export import SPEC_KEY
+from fpn_export.onnx_network import SPEC_KEY
 
 # Control flow and custom operators have no place in a detector, and a crafted graph of them can crash a runtime.
 REFUSED_OPERATORS = frozenset({"If", "Loop", "Scan"})
@@ -22,11 +23,14 @@ MAX_PER_BYTE = 8  # elements: no type is smaller than a bit
 
 
 def read_onnx(path: Path) -> tuple[ModelProto, ModelSpec]:
-    """Load a model that ``fpn-engine export`` wrote, with its spec.
+    """Load a detector that ``fpn-engine export`` wrote, with its spec.
 
     Raises: ModelError, one sentence with the file and the remedy, for a missing, damaged or foreign file.
     """
-    return parse_onnx(path, read_bytes(path))
+    model, spec = read_any_onnx(path)
+    if isinstance(spec, MaskSpec):
+        raise ModelError(f"{path} is a mask-proposal model; give one of a detector")
+    return model, spec
 
 
 def read_bytes(path: Path) -> bytes:
@@ -44,8 +48,13 @@ def read_bytes(path: Path) -> bytes:
         raise ModelError(f"cannot read {path}: {reason}; give a file that fpn-engine export wrote") from None
 
 
-def parse_onnx(path: Path, data: bytes) -> tuple[ModelProto, ModelSpec]:
-    """:func:`read_onnx` on bytes that were read from ``path``."""
+def read_any_onnx(path: Path) -> tuple[ModelProto, AnySpec]:
+    """:func:`read_onnx` of a detector or a mask-proposal model."""
+    return parse_onnx(path, read_bytes(path))
+
+
+def parse_onnx(path: Path, data: bytes) -> tuple[ModelProto, AnySpec]:
+    """:func:`read_any_onnx` on bytes that were read from ``path``."""
     if not data:
         raise ModelError(f"{path} is empty; write it again with: fpn-engine export checkpoint.pth")
     try:
@@ -64,7 +73,7 @@ def parse_onnx(path: Path, data: bytes) -> tuple[ModelProto, ModelSpec]:
     return model, spec
 
 
-def _read_spec(path: Path, model: ModelProto) -> ModelSpec:
+def _read_spec(path: Path, model: ModelProto) -> AnySpec:
     texts = [prop.value for prop in model.metadata_props if prop.key == SPEC_KEY]
     if not texts:
         raise ModelError(
@@ -72,7 +81,7 @@ def _read_spec(path: Path, model: ModelProto) -> ModelSpec:
             "export your checkpoint with: fpn-engine export checkpoint.pth"
         )
     try:
-        return ModelSpec.from_json(texts[0])
+        return read_spec_json(texts[0])
     except SpecError as error:
         raise ModelError(f"{path}: {error}; export it again with this version") from None
 

@@ -18,7 +18,7 @@ from fpn_engine.errors import ModelError
 
 OPSET = 20
 IR_VERSION = 10  # what ONNX Runtime 1.22 and later read; onnx itself would write a newer one
-VERSION_KEY = "fpn_engine.version"
+SPEC_KEY, VERSION_KEY = "fpn_engine.spec", "fpn_engine.version"  # of the metadata
 # Bounds of the symbolic sizes while exporting; not limits of the file. torch.export wants a finite range.
 MAX_BATCH, MAX_CELLS = 4096, 512
 

@@ -7,9 +7,8 @@ import pytest
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from fpn_engine.spec import ModelSpec, numbered_categories
-from fpn_export.onnx_export import SPEC_KEY
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
-from fpn_export.onnx_network import IR_VERSION, OPSET
+from fpn_export.onnx_network import IR_VERSION, OPSET, SPEC_KEY
 
 SPEC = ModelSpec(categories=numbered_categories(2), arch="resnet18", fpn_channels=16)
 

@@ -26,7 +26,8 @@ from fpn_engine.errors import FpnEngineError
 from fpn_engine.plan import MANIFEST, read_plan
 from fpn_export.build import build_plan
 from fpn_export.detector import FasterRCNN
-from fpn_export.onnx_export import SPEC_KEY, export_onnx
+from fpn_export.onnx_export import export_onnx
+from fpn_export.onnx_network import SPEC_KEY
 from tests.export.conftest import SPEC
 
 STEPS = ["read", "cut", *(f"optimise {part}" for part in ("trunk", "head", "rois", "detections")), "write"]

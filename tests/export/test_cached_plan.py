@@ -37,8 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: ModelProto
 
     monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path / "cache"))
     settle_contest(monkeypatch)
-    monkeypatch.setattr(cached_plan, "load_checkpoint", load)
-    monkeypatch.setattr(cached_plan, "export_onnx", lambda model, spec, on_progress: stand_in)
+    monkeypatch.setattr(cached_plan, "load_any", load)
+    monkeypatch.setattr(cached_plan, "export_any", lambda loaded, on_progress: stand_in)
     return tmp_path / "cache" / "plans"
 
 
@@ -99,7 +99,7 @@ def test_what_fails_or_is_interrupted_leaves_nothing(folder: Path, monkeypatch: 
 
     with pytest.raises(CheckpointError):
         make_cached("demo", "abc", Path("missing.pth"))
-    for name in ("build_plan", "export_onnx"):
+    for name in ("build_plan", "export_any"):
         monkeypatch.setattr(cached_plan, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             make()

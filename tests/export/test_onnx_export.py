@@ -18,8 +18,8 @@ from fpn_engine.pipeline import Pipeline
 from fpn_engine.spec import ModelSpec
 from fpn_engine.tasks import NON_FINITE, OK, PaddedDetections, Thresholds
 from fpn_export.onnx_cut import cut_head, cut_trunk
-from fpn_export.onnx_export import OVERRIDABLE, SPEC_KEY, trunk_outputs
-from fpn_export.onnx_network import VERSION_KEY
+from fpn_export.onnx_export import OVERRIDABLE, trunk_outputs
+from fpn_export.onnx_network import SPEC_KEY, VERSION_KEY
 from tests.parity.random_detector import make_picture
 from tests.parity.subject import OUTPUTS, Arrays, Subject, open_session, preprocess_together, random_subject, run_onnx
 from tests.parity.torchvision_oracle import Found, match

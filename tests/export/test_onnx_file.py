@@ -14,9 +14,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import fpn_export.onnx_file as onnx_file
 from fpn_engine.errors import ModelError
 from fpn_engine.spec import Category, ModelSpec
-from fpn_export.onnx_export import SPEC_KEY
 from fpn_export.onnx_file import read_onnx
-from fpn_export.onnx_network import IR_VERSION, OPSET
+from fpn_export.onnx_network import IR_VERSION, OPSET, SPEC_KEY
 
 SPEC = ModelSpec(categories=(Category(id=3, name="cell"),), arch="resnet18")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpn_engine.backends import TrunkOutput
 from fpn_engine.errors import BackendError, PlanError
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_engine.plan import Manifest, Plan, rebuild_hint
 from fpn_engine.spec import ModelSpec
 
@@ -62,7 +63,8 @@ def run_session(session: Any, values: Mapping[str, Any]) -> list[Any]:
     return outputs
 
 
-def _run(session: Any, name: str, value: Tensor) -> list[Tensor]:
+def run_on_tensor(session: Any, name: str, value: Tensor) -> list[Tensor]:
+    """The outputs of a session for one tensor."""
     import torch
 
     return [torch.from_numpy(output) for output in run_session(session, {name: value.contiguous().numpy()})]
@@ -76,7 +78,7 @@ class OrtTrunk:
         self._levels = len(spec.levels) if spec.has_rpn else 0
 
     def __call__(self, images: Tensor, /) -> TrunkOutput:
-        maps = tuple(level.permute(0, 3, 1, 2) for level in _run(self._session, "image", images))
+        maps = tuple(level.permute(0, 3, 1, 2) for level in run_on_tensor(self._session, "image", images))
         split = len(maps) - 2 * self._levels
         return TrunkOutput(maps[:split], maps[split : split + self._levels], maps[split + self._levels :])
 
@@ -89,12 +91,14 @@ class OrtHead:
 
     def __call__(self, roi_features: Tensor, /) -> tuple[Tensor, Tensor]:
         rows = roi_features.permute(0, 2, 3, 1).flatten(1)
-        class_logits, box_deltas = _run(self._session, "roi_rows", rows)
+        class_logits, box_deltas = run_on_tensor(self._session, "roi_rows", rows)
         return class_logits, box_deltas
 
 
-def part_names(spec: ModelSpec) -> list[str]:
+def part_names(spec: AnySpec) -> list[str]:
     """The parts of a plan in the order in which they run."""
+    if isinstance(spec, MaskSpec):  # without joints: what lies between its networks needs torch
+        return [TRUNK, *(f"{name}.onnx" for name in spec.head_names)]
     return [TRUNK, ROIS, HEAD, DETECTIONS] if spec.has_box_head else [TRUNK, DETECTIONS]
 
 
@@ -119,6 +123,6 @@ def check_ort(manifest: Manifest) -> None:
 def load_ort(plan: Plan, threads: int | None = None) -> tuple[OrtTrunk, OrtHead | None]:
     """Make the parts of an ONNX Runtime plan ready. Raises PlanError or BackendError if they do not fit."""
     check_ort(plan.manifest)
-    spec = plan.manifest.spec
+    spec = plan.manifest.detector
     trunk = OrtTrunk(plan.parts[TRUNK], spec, threads)
     return trunk, OrtHead(plan.parts[HEAD], threads) if spec.has_box_head else None

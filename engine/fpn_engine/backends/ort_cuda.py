@@ -93,7 +93,7 @@ def load_ort_cuda(
     Raises: PlanError if the plan does not fit, BackendError if the provider cannot be loaded or leaves work to the CPU.
     """
     check_ort_cuda(plan.manifest)
-    spec = plan.manifest.spec
+    spec = plan.manifest.detector
     try:
         choice = ProviderChoice.from_json(plan.parts[CHOICE])
     except (ValueError, TypeError, KeyError, AttributeError) as error:

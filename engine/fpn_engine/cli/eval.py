@@ -57,10 +57,12 @@ def evaluate(
 ) -> None:
     """Score a plan with the COCO metric: AP, AP50, AP75, by size and class, and average recall.
 
-    An RPN is scored by the average recall of its proposals; a Fast R-CNN needs the proposals of another plan.
+    An RPN is scored by the average recall of its proposals; a Fast R-CNN needs the proposals of another plan. Mask
+    proposals are scored by the average recall of segments: AR@10, AR@100, AR@1k, and AR@1k by size (table 6).
     """
     from fpn_engine.annotations import find_images, load_annotations
     from fpn_engine.engine import Engine
+    from fpn_engine.masks.spec import MaskSpec
     from fpn_engine.proposal_file import check_suffix
 
     if save_proposals:
@@ -80,7 +82,11 @@ def evaluate(
         for path in files.values():
             given(str(path))
     with counting("detecting", len(files)) as advance:
-        if recall or save_proposals or not engine.spec.has_box_head:
+        if isinstance(engine.spec, MaskSpec):
+            if recall or save_proposals:
+                raise typer.BadParameter("is of an RPN", param_hint="--recall, --save-proposals")
+            score = _score_segments(engine, annotations, files, advance)
+        elif recall or save_proposals or not engine.spec.has_box_head:
             score = _score_proposals(engine, truth, files, save_proposals, advance)
         else:
             score = _score_detections(engine, truth, files, given, advance)
@@ -127,6 +133,21 @@ def _score_detections(
             f"{other_size[0]}; check --images"
         )
     return score_detections(truth, results)
+
+
+def _score_segments(engine: Engine, annotations: Path, files: dict[int, Path], advance: Any) -> Any:
+    from fpn_engine.detections import Detections
+    from fpn_engine.masks.evaluation import Segments, score_segments
+    from fpn_engine.masks.ground_truth import load_segments
+
+    truth = load_segments(annotations)  # before the long work
+    found = {}
+    for image_id, outcome in zip(files, engine.stream(files.values()), strict=True):
+        if not isinstance(outcome.result, Detections):
+            raise outcome.result
+        found[image_id] = Segments(outcome.result.run_lengths or (), outcome.result.scores)
+        advance()
+    return score_segments(truth, found)
 
 
 def _score_proposals(

@@ -43,8 +43,7 @@ def export(
     import onnx
 
     from fpn_engine.files import replacing
-    from fpn_export.checkpoint import load_checkpoint
-    from fpn_export.onnx_export import export_onnx
+    from fpn_export.any_model import export_any, load_any
 
     refuse_folder(checkpoint)
     target = output or checkpoint.with_suffix(".onnx")
@@ -52,9 +51,9 @@ def export(
         raise FpnEngineError(f"the ONNX file would replace the checkpoint {checkpoint}; give another name with -o")
     with steps(f"exporting {checkpoint.name}") as step:
         step("read")
-        loaded = load_checkpoint(checkpoint, spec_overrides=overrides, spec_path=spec)
+        loaded = load_any(checkpoint, spec_overrides=overrides, spec_path=spec)
         with replacing(target) as temporary:  # before the long work: a place that cannot be written shows at once
-            model = export_onnx(loaded.model, loaded.spec, on_progress=step)
+            model = export_any(loaded, on_progress=step)
             step("write")
             onnx.save(model, str(temporary))
     for sentence in loaded.assumptions:
@@ -62,7 +61,7 @@ def export(
     found = loaded.spec
     note(
         f"{target}: {found.model} {found.arch}, {found.describe_features()}, "
-        f"{len(found.categories)} classes, {found.min_size}/{found.max_size} pixels, "
+        f"{found.describe_results()}, {found.min_size}/{found.max_size} pixels, "
         f"{target.stat().st_size / 1e6:.1f} MB"
     )
     note(f"next: fpn-engine build {target}")

@@ -45,7 +45,7 @@ def infer(
     plan: PlanOption = None,
     model: ModelOption = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write pictures with boxes into this folder.")
+        Path | None, typer.Option(metavar="DIR", help="Write pictures with boxes or masks into this folder.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     format: Annotated[
@@ -79,7 +79,7 @@ def infer(
     decode: DecodeOption = Decode.cpu,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest image to accept, in pixels.")] = None,
 ) -> None:
-    """Detect objects in images of any size and common format.
+    """Detect objects, or propose masks, in images of any size and common format.
 
     Results go to stdout as a table, JSON, JSON Lines or COCO results; everything else goes to stderr. A file
     that cannot be read is reported and the others still finish (exit code 3, or 4 if all failed).
@@ -146,8 +146,7 @@ class _Selection:
             spec = engine.spec
             self._classes = [_find_class(name.strip(), spec.categories) for name in classes.split(",")]
             # The best of these classes, which need not be among the best of all.
-            candidates = spec.rpn_post_nms_top_n_test * len(spec.categories)
-            self.thresholds = engine.thresholds(score, nms, candidates)
+            self.thresholds = engine.thresholds(score, nms, spec.most_candidates)
 
     def reported(self, detections: Detections) -> Detections:
         if self._classes is None:
@@ -229,7 +228,12 @@ def _save_picture(pixels: AnyPixels, detections: Detections, path: Path) -> None
     from fpn_engine.drawing import draw_detections, save_picture
 
     on_host = pixels if isinstance(pixels, np.ndarray) else pixels.cpu().numpy()
-    save_picture(draw_detections(on_host, detections), path)
+    if detections.run_lengths is None:
+        save_picture(draw_detections(on_host, detections), path)
+        return
+    from fpn_engine.masks.painting import paint_masks
+
+    save_picture(paint_masks(on_host, detections), path)
 
 
 def _unfinished(paths: list[Path], output: Path) -> list[Path]:

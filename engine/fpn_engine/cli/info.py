@@ -14,6 +14,9 @@ from fpn_engine.cli.console import emit, refuse_folder, show
 from fpn_engine.errors import FpnEngineError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fpn_engine.masks.spec import AnySpec
     from fpn_engine.plan import Plan
     from fpn_engine.spec import ModelSpec
 
@@ -44,11 +47,11 @@ def _describe(path: Path) -> dict[str, Any]:
         return _describe_onnx(path)
     if path.suffix == ".plan" or _is_plan(path):
         return _describe_plan(path)
-    from fpn_export.checkpoint import describe_checkpoint
+    from fpn_export.any_model import describe_any
     from fpn_export.checkpoint_file import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 
     if path.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
-        return describe_checkpoint(path)
+        return describe_any(path)
     if not os.path.exists(path):
         raise FpnEngineError(f"there is no file {path}")
     raise FpnEngineError(
@@ -102,9 +105,9 @@ def _describe_memory(plan: Plan) -> dict[str, Any]:
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:
-    from fpn_export.onnx_file import read_onnx
+    from fpn_export.onnx_file import read_any_onnx
 
-    model, spec = read_onnx(path)
+    model, spec = read_any_onnx(path)
     return {
         "kind": "ONNX model",
         "file": str(path),
@@ -121,9 +124,9 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What people want to know first; --json has the rest."""
-    from fpn_engine.spec import ModelSpec
+    from fpn_engine.masks.spec import read_spec
 
-    spec, made = facts["spec"], ModelSpec.from_dict(facts["spec"])
+    spec, made = facts["spec"], read_spec(facts["spec"])
     rows = [(facts["kind"], facts["file"]), ("size", f"{facts['bytes'] / 1e6:.1f} MB")]
     if facts["kind"] == "checkpoint":
         rows.append(("sha256", facts["sha256"]))
@@ -143,18 +146,37 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("outputs", ", ".join(facts["outputs"])))
     rows += [
         ("model", f"{spec['model']} {spec['arch']}, {made.describe_features()}"),
-        ("classes", ", ".join(f"{category['id']} {category['name']}" for category in spec["categories"])),
+        ("classes", ", ".join(f"{category.id} {category.name}" for category in made.categories)),
         ("image size", f"short side {spec['min_size']}, long side at most {spec['max_size']} pixels"),
         ("normalisation", f"{spec['channel_order'].upper()}, mean {spec['image_mean']}, std {spec['image_std']}"),
-        ("anchors", f"sizes {spec['anchor_sizes']}, ratios {spec['aspect_ratios']}"),
-        *_head_rows(made),
-        ("most boxes", f"{spec['box_detections_per_img']} per image"),
+        *_result_rows(made),
     ]
     if facts["kind"] != "checkpoint":
         rows.append(("trained as", spec["source"] or "unknown"))
     for number, sentence in enumerate(facts.get("needs", [])):
         rows.append(("to be stated" if number == 0 else "", sentence))
     return rows
+
+
+def _result_rows(spec: AnySpec) -> list[tuple[str, str]]:
+    from fpn_engine.masks.spec import MaskSpec
+
+    if isinstance(spec, MaskSpec):
+        sizes = [f"{spec.object_size(head, level):.0f}" for level in spec.levels for head in spec.heads]
+        return [
+            ("masks", spec.describe_results()),
+            ("objects", f"of {', '.join(sizes)} pixels"),
+            ("most masks", f"{spec.masks_per_img} per image"),
+        ]
+    return [
+        ("anchors", f"sizes {_listed(spec.anchor_sizes)}, ratios {list(spec.aspect_ratios)}"),
+        *_head_rows(spec),
+        ("most boxes", f"{spec.box_detections_per_img} per image"),
+    ]
+
+
+def _listed(sizes: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [list(row) for row in sizes]
 
 
 def _head_rows(spec: ModelSpec) -> list[tuple[str, str]]:

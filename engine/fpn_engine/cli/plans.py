@@ -52,14 +52,14 @@ def plan_of_model(
 ) -> Path:
     """The cached plan of a named model; fetched, exported and built first if it is not there."""
     from fpn_engine.named import find_model
-    from fpn_export.bundled import CHECKPOINT, hash_bundled
+    from fpn_export.bundled import find_bundled, hash_bundled
     from fpn_export.cached_plan import find_cached, make_cached
 
     model = find_model(name)
-    digest = model.digest if model.file_name else hash_bundled()
+    digest = model.digest if model.file_name else hash_bundled(model.name)
     if not force and (found := find_cached(model.name, digest, backend, precision, tune_for)):
         return found
-    checkpoint = _fetch(model) if model.file_name else CHECKPOINT
+    checkpoint = _fetch(model) if model.file_name else find_bundled(model.name)
     with steps(f"preparing the {model.name} model, once") as step:
         return make_cached(
             model.name,
@@ -77,10 +77,10 @@ def plan_of_model(
 def checkpoint_of_model(name: str) -> Path:
     """The checkpoint of a named model; downloaded if it is not here."""
     from fpn_engine.named import find_model
-    from fpn_export.bundled import CHECKPOINT
+    from fpn_export.bundled import find_bundled
 
     model = find_model(name)
-    return _fetch(model) if model.file_name else CHECKPOINT
+    return _fetch(model) if model.file_name else find_bundled(model.name)
 
 
 def _fetch(model: NamedModel) -> Path:

@@ -11,8 +11,8 @@ import typer
 from fpn_engine.errors import ProposalError
 
 if TYPE_CHECKING:
+    from fpn_engine.masks.spec import AnySpec
     from fpn_engine.proposals import GivenProposals
-    from fpn_engine.spec import ModelSpec
 
 ProposalsOption = Annotated[
     Path | None,
@@ -21,7 +21,7 @@ ProposalsOption = Annotated[
 
 
 def open_proposals(
-    spec: ModelSpec, path: Path | None, image_ids: Mapping[str, int] | None = None
+    spec: AnySpec, path: Path | None, image_ids: Mapping[str, int] | None = None
 ) -> GivenProposals | None:
     """The proposals in ``path``, or None for a model that finds its own.
 

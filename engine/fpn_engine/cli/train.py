@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fpn_engine.cli.console import note
 from fpn_engine.cli.options import assignments
 from fpn_engine.cli.stopping import StopRequest
+from fpn_engine.cli.train_masks import MASKS, train_masks
 from fpn_engine.cli.training_display import TrainingDisplay
 from fpn_engine.errors import FpnEngineError
 
@@ -37,12 +38,19 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", rich_help_panel=RUN)] = Path(
         "run"
     ),
-    arch: Annotated[str, typer.Option(help="resnet18, 34, 50 or 101.", rich_help_panel=MODEL)] = "resnet50",
+    arch: Annotated[
+        str,
+        typer.Option(
+            help="resnet18, 34, 50 or 101; or fpn-masks, on resnet50 or --set arch=...", rich_help_panel=MODEL
+        ),
+    ] = "resnet50",
     min_size: Annotated[
         int, typer.Option(help="Pixels of the short side after resizing.", rich_help_panel=MODEL)
     ] = 800,
     max_size: Annotated[int, typer.Option(help="Most pixels of the long side.", rich_help_panel=MODEL)] = 1333,
-    fpn_channels: Annotated[int, typer.Option(help="Width of the pyramid.", rich_help_panel=MODEL)] = 256,
+    fpn_channels: Annotated[
+        int | None, typer.Option(help="Width of the pyramid; default 256, of fpn-masks 128.", rich_help_panel=MODEL)
+    ] = None,
     representation_size: Annotated[
         int, typer.Option(min=1, help="Width of the box head's hidden layers.", rich_help_panel=MODEL)
     ] = 1024,
@@ -53,9 +61,13 @@ def train(
         ),
     ] = None,
     system: Annotated[
-        str,
-        typer.Option(help="Of the paper's tables: fpn, c4, c5, bottom_up, top_down, finest ...", rich_help_panel=MODEL),
-    ] = "fpn",
+        str | None,
+        typer.Option(
+            help="Of the paper's tables: fpn, c4, c5, bottom_up, top_down, finest ...; of fpn-masks 5x5, 7x7, dual or "
+            "dual-2x.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="faster_rcnn, fast_rcnn or rpn.", rich_help_panel=MODEL)] = "faster_rcnn",
     proposals: Annotated[
         list[Path] | None,
@@ -82,7 +94,8 @@ def train(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per update, over all GPUs.", rich_help_panel=RECIPE)] = 16,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Default 0.02 for 16 images, in proportion.", rich_help_panel=RECIPE)
+        float | None,
+        typer.Option(help="Default 0.02 for 16 images, of fpn-masks 0.03, in proportion.", rich_help_panel=RECIPE),
     ] = None,
     schedule: Annotated[str, typer.Option(help="step (at 3/4) or cosine.", rich_help_panel=RECIPE)] = "step",
     warmup: Annotated[int, typer.Option(min=0, help="Updates of linear warm-up.", rich_help_panel=RECIPE)] = 500,
@@ -112,7 +125,7 @@ def train(
         bool, typer.Option("--restart", help="Forget the run in the folder.", rich_help_panel=RUN)
     ] = False,
 ) -> None:
-    """Train a detector: the paper's recipe, joint and end to end.
+    """Train a detector, or with --arch fpn-masks mask proposals: the paper's recipe, joint and end to end.
 
     The folder of the run gets best.pth and last.pth, each with its JSON, log.csv and scores.csv. A run that was stopped
     or killed goes on with the same command. Several GPUs: torchrun --nproc-per-node 8 -m fpn_engine train ...
@@ -127,6 +140,45 @@ def train(
     from fpn_export.training.recipe import Recipe
     from fpn_export.training.trainer import Habits
 
+    given_recipe: dict[str, Any] = {
+        "batch_size": batch,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_steps": warmup,
+        "nesterov": nesterov,
+        "clip_norm": clip_norm,
+        "scales": scales,
+        "brightness": brightness,
+        "precision": precision,
+        "seed": seed,
+    }
+    from_classifier = init is not None and is_classifier(init)
+    given_recipe["freeze_norm"] = from_classifier if freeze_norm is None else freeze_norm
+    given_recipe["frozen_stages"] = (2 if from_classifier else 0) if frozen_stages is None else frozen_stages
+    habits = Habits(validate_every=validate_every, save_every=save_every, workers=workers)
+    sizes = {"min_size": min_size, "max_size": max_size}
+    if arch == MASKS:
+        if model != "faster_rcnn" or proposals or alternating or representation_size != 1024:
+            raise typer.BadParameter(
+                "is of detectors", param_hint="--model, --proposals, --alternating, --representation-size"
+            )
+        train_masks(
+            annotations=annotations,
+            images=images,
+            val_annotations=val_annotations,
+            val_images=val_images,
+            output=output,
+            spec=sizes | ({} if fpn_channels is None else {"fpn_channels": fpn_channels}) | assignments(set_ or []),
+            variant=system or "dual",
+            recipe=given_recipe | assignments(recipe_ or [], "--recipe"),
+            steps=steps,
+            epochs=PAPER_EPOCHS if epochs is None else epochs,
+            habits=habits,
+            init=init,
+            device=device,
+            restart=restart,
+        )
+        return
     truths = [load_annotations(path) for path in annotations]
     if any(truth.categories != truths[0].categories for truth in truths):
         raise FpnEngineError("the annotation files have different categories; give those of one data set")
@@ -134,33 +186,18 @@ def train(
         {
             "categories": [{"id": c.id, "name": c.name} for c in truths[0].categories],
             "arch": arch,
-            "min_size": min_size,
-            "max_size": max_size,
-            "fpn_channels": fpn_channels,
+            "fpn_channels": fpn_channels or 256,
         }
+        | sizes
         | assignments(set_ or [])
     )
-    spec = make_system(base, system, model)
-    from_classifier = init is not None and is_classifier(init)
+    spec = make_system(base, system or "fpn", model)
     if epochs is None:
         epochs = PAPER_EPOCHS * (2 if arch == "resnet101" else 1)
     with_objects = sum(len({a.image_id for a in truth.annotations if not a.iscrowd}) for truth in truths)
     recipe = Recipe.from_dict(
-        {
-            "steps": steps or max(1, round(epochs * with_objects / batch)),
-            "batch_size": batch,
-            "learning_rate": learning_rate,
-            "schedule": schedule,
-            "warmup_steps": warmup,
-            "nesterov": nesterov,
-            "clip_norm": clip_norm,
-            "scales": scales,
-            "brightness": brightness,
-            "freeze_norm": from_classifier if freeze_norm is None else freeze_norm,
-            "frozen_stages": (2 if from_classifier else 0) if frozen_stages is None else frozen_stages,
-            "precision": precision,
-            "seed": seed,
-        }
+        {"steps": steps or max(1, round(epochs * with_objects / batch))}
+        | given_recipe
         | assignments(recipe_ or [], "--recipe")
     )
     job = Job(
@@ -172,7 +209,7 @@ def train(
         spec=spec,
         representation_size=representation_size,
         recipe=recipe,
-        habits=Habits(validate_every=validate_every, save_every=save_every, workers=workers),
+        habits=habits,
         init=init,
         proposals=proposals or [],
         device=device,

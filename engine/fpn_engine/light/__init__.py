@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from fpn_engine.plan import Manifest
+from fpn_engine.spec import ModelSpec
 
 # Images for which the import of torch is not worth its while. Measured on two cores, in processor time: the import
 # costs 1.7 s, and with torch an image takes 0.65 s less (R50-FPN, 800x1216) or 0.1 s less (R18-FPN, 480x640), since
@@ -22,6 +23,7 @@ def is_light(manifest: Manifest, images: int | None, device: str | None = None, 
     return (
         images is not None
         and images <= MOST_IMAGES
+        and isinstance(manifest.spec, ModelSpec)
         and manifest.backend == "onnxruntime"
         and manifest.device == "cpu"
         and device in (None, "cpu")

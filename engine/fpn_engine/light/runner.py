@@ -30,7 +30,7 @@ class LightRunner:
 
     def __init__(self, plan: Plan, threads: int | None = None) -> None:
         check_ort(plan.manifest)
-        self.spec = plan.manifest.spec
+        self.spec = plan.manifest.detector
         self._sessions = {name: open_session(plan.parts[name], threads) for name in part_names(self.spec)}
 
     def submit(self, group: Group, task: Task) -> Ready:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fpn_engine.masks.regions import Regions
 from fpn_engine.masks.spec import MaskSpec
-from fpn_kernels import select_topk, stable_topk
-
-OK, NON_FINITE = 0, 1
+from fpn_engine.pipeline import Proposals
+from fpn_engine.preprocessing import preprocess_batch
+from fpn_engine.stages import PREPROCESS, PROPOSALS, TRUNK, stage
+from fpn_engine.tasks import PaddedMasks, Task
+from fpn_kernels import PackedImages, select_topk, stable_topk
 
 
 class MaskTrunkOutput(NamedTuple):
@@ -25,24 +27,9 @@ class MaskTrunkOutput(NamedTuple):
     scores: tuple[Tensor, ...]
 
 
-# Images to the above; number of a head, levels and places (R, 4) to score logits (R,) and mask logits (R, S, S).
+# Images to the above; number of a head, levels and places (R, 4) to mask logits (R, S, S).
 MaskTrunk = Callable[[Tensor], MaskTrunkOutput]
-MaskAnswer = Callable[[int, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
-
-
-class PaddedMasks(NamedTuple):
-    """Proposals of a batch, best first, K = min(masks_per_img, locations x heads) for every image.
-
-    Attributes:
-        regions: (N, K, 4) float32, the squares that the masks cover, x1 y1 x2 y2 in pixels of the resized image; they
-            may reach beyond it. scores: (N, K) float32 in 0..1, descending.
-        masks: (N, K, S, S) float32, logits. status: (N,) int64, 0 or NON_FINITE.
-    """
-
-    regions: Tensor
-    scores: Tensor
-    masks: Tensor
-    status: Tensor
+MaskAnswer = Callable[[int, Sequence[Tensor], Tensor], Tensor]
 
 
 class Winners(NamedTuple):
@@ -96,6 +83,22 @@ class MaskPipeline:
         self._fixed_shapes = self.device.type != "cpu" if fixed_shapes is None else fixed_shapes
         self._regions = Regions(spec, self.device)
 
+    def preprocess(self, packed: PackedImages, image_sizes: Tensor, padded_size: tuple[int, int]) -> Tensor:
+        """(N, 3, *padded_size), as the trunk wants it; see :meth:`fpn_engine.pipeline.Pipeline.preprocess`."""
+        dtype = getattr(self.trunk, "input_dtype", torch.float32)
+        with stage(PREPROCESS):
+            return preprocess_batch(self.spec, packed, image_sizes, padded_size, dtype)
+
+    def run(self, images: Tensor, image_sizes: Tensor, task: Task, proposals: Proposals | None = None) -> PaddedMasks:
+        """A task on a preprocessed batch: the best masks, as many as its thresholds say; there are no others.
+
+        Args: image_sizes, proposals: as of a detector; nothing depends on them.
+        """
+        if task.thresholds is None:
+            raise ValueError("a mask-proposal model has no boxes to propose")
+        found = self(images, task.thresholds.box_detections_per_img)
+        return found._replace(counts=(found.scores >= task.thresholds.box_score_thresh).sum(dim=1))
+
     @torch.no_grad()
     def __call__(self, images: Tensor, limit: int | None = None) -> PaddedMasks:
         """Propose in a preprocessed batch.
@@ -104,17 +107,21 @@ class MaskPipeline:
             images: (N, 3, H, W), normalised and padded to a multiple of 32.
             limit: proposals per image; None takes the spec's.
         """
-        return self.propose(self.trunk(images), limit)
+        with stage(TRUNK):
+            out = self.trunk(images)
+        return self.propose(out, limit)
 
     def propose(self, out: MaskTrunkOutput, limit: int | None = None) -> PaddedMasks:
         """The proposals in what a trunk put out."""
-        winners = select_winners(out.scores, self.spec.masks_per_img if limit is None else limit)
-        masks = self._answer(out.features, winners)
+        with stage(PROPOSALS):
+            winners = select_winners(out.scores, self.spec.masks_per_img if limit is None else limit)
+            masks = self._answer(out.features, winners)
         _, level, y, x = winners.places.unbind(dim=2)
         regions = self._regions.cover(level, winners.heads, y, x)
         finite = torch.stack([part.sum(dim=(1, 2, 3), dtype=torch.float32) for part in out.scores])
         finite = finite.isfinite().all(dim=0) & masks.sum(dim=(1, 2, 3)).isfinite()
-        return PaddedMasks(regions, winners.logits.sigmoid(), masks, (~finite).to(torch.int64))
+        counts = torch.full_like(finite, winners.logits.shape[1], dtype=torch.int64)
+        return PaddedMasks(regions, winners.logits.sigmoid(), masks, counts, (~finite).to(torch.int64))
 
     def _answer(self, features: Sequence[Tensor], winners: Winners) -> Tensor:
         """Mask logits (N, K, S, S) of the winners, each by its own head."""
@@ -125,10 +132,10 @@ class MaskPipeline:
             own = heads == number
             if self._fixed_shapes:
                 elsewhere = places.masked_fill(~own[:, None], -1)  # no image: nothing is read for it
-                answered = self.answer(number, features, elsewhere)[1].to(torch.float32)
+                answered = self.answer(number, features, elsewhere).to(torch.float32)
                 masks = torch.where(own[:, None, None], answered, masks)
             else:
                 chosen = own.nonzero()[:, 0]
-                answered = self.answer(number, features, places[chosen])[1]
+                answered = self.answer(number, features, places[chosen])
                 masks[chosen] = answered.to(torch.float32)
         return masks.view(*winners.heads.shape, size, size)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from fpn_engine.errors import SpecError
 from fpn_engine.spec import OBJECT, Category, ModelSpec
-from fpn_engine.spec_json import JsonSpec, convert_value, whole_number
+from fpn_engine.spec_json import JsonSpec, convert_value, parse_spec_json, whole_number
 
 MODEL = "fpn_masks"
 FINEST_LEVEL, COARSEST_LEVEL = 2, 6
@@ -106,6 +106,39 @@ class MaskSpec(JsonSpec):
         return _read_shared({name: getattr(self, name) for name in SHARED})
 
     @property
+    def has_rpn(self) -> bool:
+        """It proposes by itself: nothing is given to it."""
+        return True
+
+    @property
+    def has_box_head(self) -> bool:
+        return False
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The networks behind the trunk: the MLPs, each on the windows of its winners."""
+        return tuple(f"head{number}" for number in range(len(self.heads)))
+
+    @property
+    def most_candidates(self) -> int:
+        """Beyond so many per image there is nothing to report."""
+        return self.masks_per_img
+
+    @property
+    def feature_channels(self) -> int:
+        """Width of the levels."""
+        return self.fpn_channels
+
+    def describe_features(self) -> str:
+        """The pyramid, for people."""
+        return self.backbone.describe_features()
+
+    def describe_results(self) -> str:
+        """What comes out, for people: masks of 14 x 14 by 5x5 and 7x7 windows."""
+        windows = " and ".join(f"{head.kernel}x{head.kernel}" for head in self.heads)
+        return f"masks of {self.mask_size} x {self.mask_size} by {windows} windows"
+
+    @property
     def categories(self) -> tuple[Category, ...]:
         """Proposals have no class: all are "object"."""
         return (OBJECT,)
@@ -134,6 +167,8 @@ class MaskSpec(JsonSpec):
         return cls(**{name: getattr(shared, name) for name in SHARED if name in values}, **own)
 
 
+AnySpec = ModelSpec | MaskSpec
+
 # Fields that ModelSpec has too; it converts and checks them.
 SHARED = (
     "arch",
@@ -151,10 +186,15 @@ SHARED = (
 )
 
 
-def read_spec(values: Mapping[str, Any]) -> ModelSpec | MaskSpec:
+def read_spec(values: Mapping[str, Any]) -> AnySpec:
     """The spec of either kind that JSON values hold. Raises SpecError as both do."""
     kind = MaskSpec if isinstance(values, Mapping) and values.get("model") == MODEL else ModelSpec
     return kind.from_dict(values)
+
+
+def read_spec_json(text: str) -> AnySpec:
+    """:func:`read_spec` of what ``to_json`` wrote."""
+    return read_spec(parse_spec_json(text))
 
 
 def _read_shared(values: Mapping[str, Any]) -> ModelSpec:

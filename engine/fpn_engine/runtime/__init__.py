@@ -6,29 +6,29 @@ from collections.abc import Sequence
 
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.runtime.lanes import Lanes
-from fpn_engine.runtime.runner import EagerRunner
+from fpn_engine.runtime.runner import AnyPipeline, EagerRunner
 from fpn_engine.tasks import Runner
 
 
 def make_runner(
-    pipelines: Sequence[Pipeline], batch_size: int, *, graphs: bool = True, graph_memory: int | None = None
+    pipelines: Sequence[AnyPipeline], batch_size: int, *, graphs: bool = True, graph_memory: int | None = None
 ) -> Runner:
     """What runs groups of images on the pipelines' device: at once on the CPU, captured on CUDA.
 
     A part whose ``captures`` is False runs operation by operation on CUDA too: those of ONNX Runtime take memory and
-    free it as they run, by an allocator that knows no capture.
+    free it as they run, by an allocator that knows no capture. So do mask proposals, whose result no packet holds.
 
     Args: see :class:`fpn_engine.engine.Engine`.
     """
     runners: list[Runner]
-    parts = (pipelines[0].trunk, pipelines[0].head)
-    if graphs and pipelines[0].device.type == "cuda" and all(getattr(part, "captures", True) for part in parts):
+    detectors = [pipeline for pipeline in pipelines if isinstance(pipeline, Pipeline) and pipeline.captures]
+    if graphs and pipelines[0].device.type == "cuda" and detectors:
         from fpn_engine.runtime.cuda import make_cuda_runner
 
-        number = len(pipelines)
+        number = len(detectors)
         runners = [
             make_cuda_runner(pipeline, batch_size=batch_size, graph_memory=graph_memory, lanes=number)
-            for pipeline in pipelines
+            for pipeline in detectors
         ]
     else:
         runners = [EagerRunner(pipeline) for pipeline in pipelines]

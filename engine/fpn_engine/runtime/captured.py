@@ -11,7 +11,6 @@ from fpn_engine.errors import DeviceMemoryError
 from fpn_engine.pipeline import Pipeline, Proposals
 from fpn_engine.runtime.graphs import Capture, Captured, GraphCache
 from fpn_engine.runtime.packet import PacketForm, pack_result
-from fpn_engine.runtime.runner import run_task
 from fpn_engine.runtime.staging import SLOTS, Arriving, StagingRing
 from fpn_engine.runtime.transport import Transport
 from fpn_engine.tasks import Group, Task
@@ -41,7 +40,7 @@ class Line:
         packed = PackedImages(self._pixels, offsets, sizes)
         batch = self._pipeline.preprocess(packed, image_sizes, self._task.padded_size)
         given = Proposals.given(boxes, counts) if self._is_given else None
-        return pack_result(run_task(self._pipeline, batch, image_sizes, self._task, given))
+        return pack_result(self._pipeline.run(batch, image_sizes, self._task, given))
 
 
 class CapturedRunner:

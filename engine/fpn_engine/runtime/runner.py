@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fpn_engine.masks.pipeline import MaskPipeline
 from fpn_engine.pipeline import Pipeline, Proposals
-from fpn_engine.tasks import Group, PaddedDetections, Ready, Task
+from fpn_engine.tasks import Group, PaddedDetections, PaddedMasks, Ready, Task
 from fpn_kernels import pack_images
+
+AnyPipeline = Pipeline | MaskPipeline
 
 
 class EagerRunner:
@@ -18,7 +21,7 @@ class EagerRunner:
 
     depth = 0
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: AnyPipeline) -> None:
         self._pipeline = pipeline
 
     def submit(self, group: Group, task: Task) -> Ready:
@@ -32,20 +35,13 @@ class EagerRunner:
         given = None if group.given is None else pad_boxes(group.given, device)
         with torch.inference_mode():
             batch = self._pipeline.preprocess(packed, image_sizes, task.padded_size)
-            found = run_task(self._pipeline, batch, image_sizes, task, given)
+            found = self._pipeline.run(batch, image_sizes, task, given)
+            if isinstance(found, PaddedMasks):  # pasted into the image where they are
+                return Ready(found)
             return Ready(PaddedDetections(*(part.cpu() for part in found)))
 
     def warm(self, group: Group, task: Task) -> None:
         self.submit(group, task)
-
-
-def run_task(
-    pipeline: Pipeline, batch: torch.Tensor, image_sizes: torch.Tensor, task: Task, given: Proposals | None
-) -> PaddedDetections:
-    """The task on a preprocessed batch; arguments as of :class:`Pipeline`'s call."""
-    if task.thresholds is None:
-        return pipeline.find_proposals(batch, image_sizes)
-    return pipeline(batch, image_sizes, task.thresholds, given)
 
 
 def pad_boxes(given: Sequence[NDArray[np.float32]], device: torch.device) -> Proposals:

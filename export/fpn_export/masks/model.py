@@ -96,6 +96,10 @@ class FpnMasks(nn.Module):
         """Score and mask logits of head ``number`` at places; see :meth:`WindowHead.answer`."""
         return self._head(number).answer(levels, places)
 
+    def answer(self, number: int, levels: Sequence[Tensor], places: Tensor) -> Tensor:
+        """The mask logits alone, (R, S, S)."""
+        return self.head(number, levels, places)[1]
+
     def _head(self, number: int) -> WindowHead:
         head = self.mask_heads[number]
         assert isinstance(head, WindowHead)  # for mypy
@@ -113,4 +117,4 @@ class FpnMasks(nn.Module):
     @property
     def pipeline(self) -> MaskPipeline:
         """Everything around the weights, on the device where they are."""
-        return MaskPipeline(self.spec, self.trunk, self.head, next(self.parameters()).device)
+        return MaskPipeline(self.spec, self.trunk, self.answer, next(self.parameters()).device)

@@ -13,9 +13,7 @@ from fpn_export.batch_norm import fold_batch_norm
 from fpn_export.masks.model import FpnMasks
 from fpn_export.onnx_boxes import best, pick
 from fpn_export.onnx_graph import OnnxGraph, tensor_info
-from fpn_export.onnx_network import export_trunk, finish
-
-MASK_SPEC_KEY = "fpn_engine.mask_spec"
+from fpn_export.onnx_network import SPEC_KEY, export_trunk, finish
 
 
 class _TrunkModule(nn.Module):
@@ -37,7 +35,7 @@ def export_mask_onnx(model: FpnMasks, *, on_progress: Callable[[str], None] = la
     masks_per_img and the number of locations and heads: ``regions`` (N, K, 4) float32 in pixels of the resized image,
     ``scores`` (N, K) float32, descending, ``masks`` (N, K, S, S) float32 logits and ``status`` (N,) int64 (0 ok,
     1 non-finite). ``masks_per_img`` (1,) int64 is an optional input too. The MLPs run at the winners alone. The spec is
-    in ``metadata_props`` under ``fpn_engine.mask_spec``. The trunk's tensors are ``p2``.. and ``scores_p2``...
+    in ``metadata_props`` under ``fpn_engine.spec``. The trunk's tensors are ``p2``.. and ``scores_p2``...
 
     Raises: ModelError if the file does not pass ONNX's checker.
     """
@@ -65,7 +63,7 @@ def export_mask_onnx(model: FpnMasks, *, on_progress: Callable[[str], None] = la
         ],
         [*trunk.graph.initializer, *g.initializers],
     )
-    return finish(graph, {MASK_SPEC_KEY: spec.to_json()})
+    return finish(graph, {SPEC_KEY: spec.to_json()})
 
 
 def export_mask_trunk(model: FpnMasks) -> ModelProto:
@@ -143,14 +141,14 @@ def _add_masks(g: OnnxGraph, model: FpnMasks, there: Collection[str]) -> None:
         rows = g.op("Add", g.op("Unsqueeze", g.op("Gather", cell, own, axis=0), g.int64(1)), down)
         index = g.op("Add", g.op("Unsqueeze", rows, g.int64(2)), g.const(steps[None, None], np.int64))
         depth = one.kernel**2 * spec.fpn_channels
-        windows = g.op("Reshape", g.op("Gather", table, index, axis=0), g.int64(0, depth))
+        windows = g.op("Reshape", g.op("Gather", table, index, axis=0), g.int64(0, depth), name=f"window_rows_{number}")
         prefix = f"mask_heads.{number}"
         # The convolution's own weights, in the order of a window; a runtime turns them once.
         turned = g.op("Transpose", parameter(f"{prefix}.conv.weight"), perm=[2, 3, 1, 0])
         weight = g.op("Reshape", turned, g.int64(depth, spec.hidden_channels))
         hidden = g.op("Relu", g.op("Gemm", windows, weight, parameter(f"{prefix}.conv.bias")))
         last = g.op("Flatten", parameter(f"{prefix}.mask.weight"))
-        answered = g.op("Gemm", hidden, last, parameter(f"{prefix}.mask.bias"), transB=1)
+        answered = g.op("Gemm", hidden, last, parameter(f"{prefix}.mask.bias"), transB=1, name=f"window_masks_{number}")
         masks = g.op("ScatterND", masks, g.op("Unsqueeze", own, g.int64(1)), answered)
     shape = g.op("Concat", g.op("Shape", "winner_y"), g.int64(spec.mask_size, spec.mask_size), axis=0)
     g.op("Reshape", masks, shape, name="masks")

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fpn_engine.engine import Engine
 from fpn_engine.masks.evaluation import Segments, SegmentScore, score_segments
 from fpn_engine.masks.ground_truth import SegmentTruth
-from fpn_engine.masks.proposals import propose_segments
 from fpn_engine.masks.spec import MaskSpec
 from fpn_export.detector import FpnDetector
 from fpn_export.masks.batches import MaskBatch, make_mask_loader
@@ -22,6 +24,8 @@ from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.step import MaskLoss, compute_mask_losses
 from fpn_export.masks.targets import PAPER_EXAMPLES
 from fpn_export.training.examples import Examples
+from fpn_export.training.initial_weights import load_initial_weights
+from fpn_export.training.job import Outcome
 from fpn_export.training.processes import join_processes, leave_processes
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
 from fpn_export.training.recipe import PAPER_BATCH, Recipe
@@ -58,6 +62,7 @@ class MaskJob:
         spec: the model. recipe: see :func:`make_recipe`. output: folder of the run.
         examples: what to learn. data: what identifies them, JSON-ready.
         validation: what the model is scored by, or None.
+        init: a file for :func:`fpn_export.training.initial_weights.load_initial_weights`, or None: from scratch.
         device: "cpu", "cuda", or None for whichever is there. restart: forget the run in the folder.
     """
 
@@ -68,21 +73,25 @@ class MaskJob:
     data: Mapping[str, Any]
     validation: SegmentValidation | None = None
     habits: Habits = field(default_factory=Habits)
+    init: Path | None = None
     device: str | None = None
     restart: bool = False
 
 
 class SegmentValidation:
-    """Scores a model by the average recall of segments. Args: examples: the images of ``truth``, in its order."""
+    """Scores a model by the average recall of segments.
 
-    def __init__(self, truth: SegmentTruth, examples: MaskExamples) -> None:
-        self._truth, self._examples = truth, examples
+    Args: picture: the pixels or the path of each image of ``truth``, by its position there.
+    """
+
+    def __init__(self, truth: SegmentTruth, picture: Callable[[int], NDArray[np.uint8] | Path]) -> None:
+        self._truth, self._picture = truth, picture
 
     def __call__(self, model: FpnMasks) -> SegmentScore:
-        found = {}
+        engine, found = Engine(model.pipeline, graphs=False), {}
         for number, image in enumerate(self._truth.truth.images):
-            proposals = propose_segments(model.pipeline, self._examples[number].pixels)
-            found[image.id] = Segments(proposals.run_lengths, proposals.scores)
+            (proposals,) = engine(self._picture(number))
+            found[image.id] = Segments(proposals.run_lengths or (), proposals.scores)
         return score_segments(self._truth, found)
 
 
@@ -90,10 +99,9 @@ def train_masks(
     job: MaskJob,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> bool:
+) -> Outcome:
     """Run ``job``, or take it up where it was stopped; the result is ``best.pth`` and ``last.pth`` in its folder.
 
-    Returns: whether the run is complete.
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
     processes = join_processes(job.device)
@@ -106,18 +114,20 @@ def train_masks(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(random_state(job.recipe.seed, INITIAL_WEIGHTS).randint(2**31)))
                 model = FpnMasks(job.spec)
+            # Both ask a model for tensors, backbone and spec alone, and hand it to the rest as it is.
+            taken = load_initial_weights(cast(FpnDetector, model), job.init) if job.init else None
             trainer = MaskTrainer(
-                # The trainer asks a model for its backbone, spec and weights alone, and hands it to the rest as it is.
                 cast(FpnDetector, model),
                 cast(Examples, job.examples),
                 job.recipe,
                 folder,
                 processes,
-                data=job.data,
+                data={**job.data, "init": taken.sha256 if taken else None},
                 habits=job.habits,
                 validation=cast("Validation | None", job.validation),
             )
-            return trainer.run(on_progress, should_stop)
+            complete = trainer.run(on_progress, should_stop)
+            return Outcome(complete=complete, step=trainer.step, best=trainer.best)
         finally:
             folder.close()
     finally:

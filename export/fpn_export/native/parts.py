@@ -10,16 +10,17 @@ from onnx import ModelProto
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT16
 from fpn_engine.backends.native.packing import pack_part
 from fpn_engine.errors import ModelError
-from fpn_engine.spec import ModelSpec
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_export.native.fusion import fuse
 from fpn_export.native.operators import lower
 from fpn_export.native.precision import in_bfloat16, in_float32, in_half
+from fpn_export.native.window_scores import join_window_scores
 
 
 def make_native_parts(
     path: Path,
     networks: Mapping[str, ModelProto],
-    spec: ModelSpec,
+    spec: AnySpec,
     precision: str,
     on_progress: Callable[[str], None],
     device: str = "cpu",
@@ -27,7 +28,7 @@ def make_native_parts(
     """Lower trunk and head, which were cut out of ``path``, to ``precision`` "fp32", "fp16" or "bf16".
 
     In 16 bits objectness, deltas, class logits and box deltas are float32: on a CPU the last layers run in it, on
-    ``device`` "cuda", and at fp16, they leave their float32 sums unrounded.
+    ``device`` "cuda", and at fp16, they leave their float32 sums unrounded. So are the scores of mask proposals.
     Raises: ModelError for an operator that the native backend does not have.
     """
     parts: dict[str, bytes] = {}
@@ -37,7 +38,17 @@ def make_native_parts(
             lowered = fuse(lower(network))
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
-        features = len(lowered.outputs) - 2 * len(spec.levels) * spec.has_rpn if name == "trunk" else 0
+        if isinstance(spec, MaskSpec) and name != "trunk":  # the windows' two layers: small, and not run by an executor
+            is_half = device == "cuda" and precision != "fp32"
+            dtype = FLOAT16 if precision == "fp16" else BFLOAT16
+            parts |= pack_part(name, *(in_half(lowered, dtype, ()) if is_half else in_float32(lowered)))
+            continue
+        if isinstance(spec, MaskSpec):
+            features = len(spec.levels)
+            if device == "cpu" and precision != "fp16":
+                join_window_scores(lowered, lowered.outputs[features:])
+        else:
+            features = len(lowered.outputs) - 2 * len(spec.levels) * spec.has_rpn if name == "trunk" else 0
         exact = lowered.outputs[features:]
         if precision == "fp32":
             parts |= pack_part(name, *in_float32(lowered))

@@ -11,8 +11,8 @@ import torch
 
 from fpn_engine.backends.native.packing import TACTICS
 from fpn_engine.errors import BackendError
+from fpn_engine.masks.spec import AnySpec
 from fpn_engine.resizing import padded_size, resized_size
-from fpn_engine.spec import ModelSpec
 
 ORDINARY = (480, 640)  # the shape of most photographs
 Shape = tuple[int, int, int]
@@ -41,7 +41,7 @@ class TuneFor:
 
 def make_tactics(
     parts: dict[str, bytes],
-    spec: ModelSpec,
+    spec: AnySpec,
     tune_for: TuneFor,
     on_progress: Callable[[str], None],
     on_note: Callable[[str], None],
@@ -78,6 +78,6 @@ def make_tactics(
     return described | ({"gpu": gpu.name} if gpu.name else {})
 
 
-def ordinary_size(spec: ModelSpec) -> tuple[int, int]:
+def ordinary_size(spec: AnySpec) -> tuple[int, int]:
     """Padded sides of an ordinary photograph."""
     return padded_size(resized_size(*ORDINARY, spec.min_size, spec.max_size), spec.size_divisor)

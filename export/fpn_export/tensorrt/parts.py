@@ -10,22 +10,20 @@ from onnx import ModelProto
 
 from fpn_engine.backends.tensorrt.bindings import load_bindings
 from fpn_engine.backends.tensorrt.device import CudaDevice
-from fpn_engine.backends.tensorrt.parts import HEAD, TARGET, TRUNK
+from fpn_engine.backends.tensorrt.parts import TARGET
 from fpn_engine.backends.tensorrt.target import VERSION_KEY, Target
 from fpn_engine.errors import BackendError, ModelError
-from fpn_engine.spec import ModelSpec
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_export.tensorrt.builder import BuildOptions, build_engine
-from fpn_export.tensorrt.profiles import Profile, image_profiles, roi_profile
+from fpn_export.tensorrt.profiles import Profile, image_profiles, roi_profile, window_profile
 from fpn_export.tensorrt.timing_cache import TimingCache
 from fpn_export.tensorrt.typed_graph import PRECISIONS, type_graph
-
-FILES = {"trunk": TRUNK, "head": HEAD}
 
 
 def make_tensorrt_parts(
     path: Path,
     networks: Mapping[str, ModelProto],
-    spec: ModelSpec,
+    spec: AnySpec,
     precision: str,
     options: BuildOptions,
     on_progress: Callable[[str], None],
@@ -41,7 +39,9 @@ def make_tensorrt_parts(
     bindings = load_bindings()
     device = device or CudaDevice()
     profiles = {"trunk": image_profiles(spec, options.batches, options.sizes)}
-    if "head" in networks:
+    if isinstance(spec, MaskSpec):
+        profiles |= {name: [window_profile(spec, n, options.batches)] for n, name in enumerate(spec.head_names)}
+    elif "head" in networks:
         profiles["head"] = [roi_profile(spec, options.batches)]
     timing = TimingCache(bindings.version, device.gpu)
     parts = {}
@@ -53,7 +53,7 @@ def make_tensorrt_parts(
             on_progress(f"build {name}: {line}")
 
         with device.guard():
-            parts[FILES[name]] = build_engine(
+            parts[f"{name}.engine"] = build_engine(
                 typed, profiles[name], bindings, options, exact=precision == "fp32", timing=timing, on_progress=say
             )
     target = Target(

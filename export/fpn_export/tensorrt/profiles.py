@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fpn_engine.errors import BackendError
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
 
@@ -34,7 +35,7 @@ class Batches:
             raise BackendError(f"a batch of {self.best} to {self.most} images is none; take 1 <= best <= most")
 
 
-def image_profiles(spec: ModelSpec, batches: Batches, sizes: tuple[tuple[int, int], ...] = ()) -> list[Profile]:
+def image_profiles(spec: AnySpec, batches: Batches, sizes: tuple[tuple[int, int], ...] = ()) -> list[Profile]:
     """Profiles of ``image`` (N, 3, H, W).
 
     Without ``sizes`` one for pictures that lie and one for upright ones, together all that the spec's size rule gives;
@@ -58,6 +59,12 @@ def roi_profile(spec: ModelSpec, batches: Batches) -> Profile:
     rois = spec.rpn_post_nms_top_n_test if spec.has_rpn else GIVEN_PROPOSALS
     width = spec.box_roi_pool.output_size**2 * spec.feature_channels
     return Profile((1, width), (rois * batches.best, width), (rois * batches.most, width))
+
+
+def window_profile(spec: MaskSpec, head: int, batches: Batches) -> Profile:
+    """The profile of ``window_rows`` (R, k^2 C) of a head: all winners of a batch may be its own."""
+    width = spec.heads[head].kernel ** 2 * spec.feature_channels
+    return Profile((1, width), (spec.masks_per_img * batches.best, width), (spec.masks_per_img * batches.most, width))
 
 
 def _profile(batches: Batches, low: tuple[int, int], best: tuple[int, int], high: tuple[int, int]) -> Profile:

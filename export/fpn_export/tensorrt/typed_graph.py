@@ -19,7 +19,7 @@ BF16_OPSET = 22  # the first whose Conv and MaxPool take bfloat16
 ALWAYS_FLOAT = {"Resize": (1, 2)}  # roi, scales
 # A layer of a network; whatever stands between the last one and an output only moves numbers.
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
-RESULTS = ("objectness", "deltas", "class_logits", "box_deltas")
+RESULTS = ("objectness", "deltas", "class_logits", "box_deltas", "scores_", "window_masks")
 LARGEST_HALF = float(np.finfo(np.float16).max)
 
 

@@ -78,7 +78,7 @@ def open_plan(
     return PipelineSubject(
         name=name,
         runtime=manifest.runtime,
-        spec=spec or manifest.spec,
+        spec=spec or manifest.detector,
         precision=manifest.precision,
         run_trunk=_without_stages(trunk),
         head=head,

@@ -48,10 +48,10 @@ def summarize_build(model: Path, plan: Path, folder: Path | None = None) -> str:
         if model.suffix == ".onnx" and is_quantized(read_onnx(model)[0]):
             report = f"what {manifest.precision} costs is in the report of fpn-engine quantize"
             return f"{report}; beside the float: fpn-engine verify FLOAT.onnx {shlex.quote(str(plan))} --images DIR"
-        if not manifest.spec.has_rpn:
+        if not manifest.detector.has_rpn:
             return f"{manifest.precision} was not compared, as proposals are needed: {command} --proposals FILE"
         pictures = _read(folder) if folder else _draw()
-        spec = replace_sizes(manifest.spec, pictures.shrink)
+        spec = replace_sizes(manifest.detector, pictures.shrink)
         theirs = open_plan(plan.name, loaded, spec=spec)  # first, as it says at once whether it runs here
         comparison = compare(_open_reference(model, pictures.shrink), theirs, pictures.images)
     except FpnEngineError as error:

@@ -68,7 +68,7 @@ def test_the_heads_score_what_they_answer():
 @torch.no_grad()
 def test_fixed_shapes_give_the_same():
     model, images = tiny_model(), random_images()
-    fixed = MaskPipeline(model.spec, model.trunk, model.head, fixed_shapes=True)
+    fixed = MaskPipeline(model.spec, model.trunk, model.answer, fixed_shapes=True)
     for found, expected in zip(fixed(images), model.pipeline(images), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 

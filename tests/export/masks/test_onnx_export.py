@@ -8,8 +8,9 @@ import torch
 
 from fpn_engine.masks.paste import paste_masks
 from fpn_engine.masks.spec import MaskSpec
-from fpn_export.masks.onnx_export import MASK_SPEC_KEY, export_mask_onnx
+from fpn_export.masks.onnx_export import export_mask_onnx
 from fpn_export.masks.variants import make_variant
+from fpn_export.onnx_network import SPEC_KEY
 from tests.export.masks.tiny import random_images, tiny_model, tiny_spec
 
 MASKS = 1000
@@ -95,7 +96,7 @@ def test_a_spoilt_image_is_told(dual):
 def test_the_file_is_plain_and_says_what_it_is(dual):
     model, proto, _ = dual
     props = {prop.key: prop.value for prop in proto.metadata_props}
-    assert MaskSpec.from_json(props[MASK_SPEC_KEY]) == model.spec
+    assert MaskSpec.from_json(props[SPEC_KEY]) == model.spec
     assert {node.domain for node in proto.graph.node} == {""}
     assert not {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     assert proto.ir_version == 10

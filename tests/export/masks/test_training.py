@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fpn_engine.engine import Engine
 from fpn_engine.errors import AnnotationError, CheckpointError, NonFiniteError
 from fpn_engine.masks.ground_truth import load_segments
-from fpn_engine.masks.proposals import propose_segments
 from fpn_engine.masks.regions import Regions
+from fpn_engine.results import coco_results
 from fpn_export.masks.batches import MaskBatch, MaskObjects, find_boxes, make_mask_loader
 from fpn_export.masks.checkpoint import load_mask_model
 from fpn_export.masks.examples import AnnotatedSegments, SceneExamples
@@ -132,26 +133,28 @@ def test_it_learns(tmp_path):
     job = make_job(
         tmp_path, 60, recipe=make_recipe(60, 2, warmup_steps=5, flip=0.0, learning_rate=0.02), examples=examples
     )
-    assert train_masks(dataclasses.replace(job, habits=Habits()), lambda progress: seen.append(progress.losses))
+    assert train_masks(
+        dataclasses.replace(job, habits=Habits()), lambda progress: seen.append(progress.losses)
+    ).complete
     for name in ("segments_score", "segments_mask"):
         assert np.mean([row[name] for row in seen[-5:]]) < 0.8 * np.mean([row[name] for row in seen[:5]])
     model = load_mask_model(tmp_path / "best.pth")
-    score = SegmentValidation(examples.truth, examples)
+    score = SegmentValidation(examples.truth, lambda number: examples[number].pixels)
     fresh = score(tiny_model(masks_per_img=50))
     assert score(model).AR1000 > fresh.AR1000 + 0.02
-    found = propose_segments(model.pipeline, examples[0].pixels)
+    (found,) = Engine(model.pipeline)(examples[0].pixels)
     assert len(found) == 50
     assert found.masks.shape == (50, *SIZE)
     assert found.boxes.shape == (50, 4)
-    assert len(found.polygons()) == len(found.to_results(7)) == 50
+    assert len(found.polygons) == len(coco_results(found, 7)) == 50
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
     whole, parts = make_job(tmp_path / "whole"), make_job(tmp_path / "parts")
-    assert train_masks(whole)
+    assert train_masks(whole).complete
     steps = []
-    assert not train_masks(parts, lambda progress: steps.append(progress.step), lambda: len(steps) == 2)
-    assert train_masks(parts, lambda progress: steps.append(progress.step))
+    assert not train_masks(parts, lambda progress: steps.append(progress.step), lambda: len(steps) == 2).complete
+    assert train_masks(parts, lambda progress: steps.append(progress.step)).complete
     assert steps == [1, 2, 3, 4]
     ends = [torch.load(job.output / "last.pth", weights_only=True) for job in (whole, parts)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -161,7 +164,12 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
 
 def test_validation_chooses_the_best(tmp_path):
     examples = SceneExamples(5, 1, SIZE)
-    job = make_job(tmp_path, 2, validation=SegmentValidation(examples.truth, examples), habits=Habits(validate_every=1))
+    job = make_job(
+        tmp_path,
+        2,
+        validation=SegmentValidation(examples.truth, lambda number: examples[number].pixels),
+        habits=Habits(validate_every=1),
+    )
     scores = []
     train_masks(job, lambda progress: scores.append(progress.score))
     assert len(scores) == 2
@@ -200,4 +208,4 @@ def test_a_spoilt_network_is_told():
     with torch.no_grad():
         model.mask_heads[0].score.bias.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
-        propose_segments(model.pipeline, np.zeros((SIDE, SIDE, 3), np.uint8))
+        Engine(model.pipeline)(np.zeros((SIDE, SIDE, 3), np.uint8))

@@ -64,7 +64,7 @@ def load_native(plan: Plan, threads: int | None = None) -> tuple[NativeTrunk, Na
         the device fails meanwhile.
     """
     check_native(plan.manifest)
-    spec = plan.manifest.spec
+    spec = plan.manifest.detector
     try:
         make = None
         if plan.manifest.device == "cuda":

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.program import Program, read_program
-from fpn_engine.spec import ModelSpec
+from fpn_engine.masks.spec import AnySpec
 
 TACTICS = "tactics.json"  # the part of a CUDA plan beside trunk and head
 
 
-def part_names(spec: ModelSpec, device: str = "cpu") -> list[str]:
+def part_names(spec: AnySpec, device: str = "cpu") -> list[str]:
     """The files of a native plan."""
-    parts = ("trunk", "head") if spec.has_box_head else ("trunk",)
-    names = [f"{part}.{kind}" for part in parts for kind in ("json", "safetensors")]
+    names = [f"{part}.{kind}" for part in ("trunk", *spec.head_names) for kind in ("json", "safetensors")]
     return [*names, TACTICS] if device == "cuda" else names
 
 

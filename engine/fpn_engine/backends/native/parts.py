@@ -57,8 +57,8 @@ class NativeTrunk:
         features = spec.levels.index(spec.roi_levels[-1]) + 1 if spec.has_box_head else 0
         expected = [spec.feature_channels] * features
         expected += [spec.num_anchors] * self._levels + [4 * spec.num_anchors] * self._levels
-        _check_outputs(program, weights, (1, PROBE_SIDE, PROBE_SIDE, 3), expected)
-        _check_float32(program, features)
+        check_outputs(program, weights, (1, PROBE_SIDE, PROBE_SIDE, 3), expected)
+        check_float32(program, features)
         self.input_dtype = torch.float32
         if make_executor is None:
             self.executor = CpuExecutor(program, weights, threads=threads)
@@ -89,8 +89,8 @@ class NativeHead:
         make_executor: MakeExecutor | None = None,
     ) -> None:
         width = spec.feature_channels * spec.box_roi_pool.output_size**2
-        _check_outputs(program, weights, (1, width), [spec.num_classes, 4 * spec.num_classes])
-        _check_float32(program, 0)
+        check_outputs(program, weights, (1, width), [spec.num_classes, 4 * spec.num_classes])
+        check_float32(program, 0)
         make = make_executor or (lambda program, weights: CpuExecutor(program, weights, threads=threads))
         self.executor = make(program, weights)
 
@@ -100,7 +100,7 @@ class NativeHead:
         return class_logits, box_deltas
 
 
-def _check_outputs(program: Program, weights: Mapping[str, Tensor], shape: Shape, channels: list[int]) -> None:
+def check_outputs(program: Program, weights: Mapping[str, Tensor], shape: Shape, channels: list[int]) -> None:
     """The program makes outputs of the model's number, channels and form from an input of ``shape``."""
     tensors = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     shapes = infer_shapes(program.ops, {program.input: shape}, tensors)
@@ -109,7 +109,7 @@ def _check_outputs(program: Program, weights: Mapping[str, Tensor], shape: Shape
         raise ValueError(f"its outputs have {[sides[-1] for sides in found]} channels, not {channels}")
 
 
-def _check_float32(program: Program, first: int) -> None:
+def check_float32(program: Program, first: int) -> None:
     """Outputs from ``first`` on are float32: the pipeline decodes and ranks them."""
     dtypes = program.dtypes()
     if odd := [name for name in program.outputs[first:] if dtypes[name] != FLOAT32]:

@@ -56,6 +56,13 @@ def load_tensorrt(plan: Plan, device: CudaDevice | None = None) -> tuple[TensorR
 
     Raises: PlanError if the plan is for another TensorRT or GPU, BackendError if one of the two is not here.
     """
+    runners = load_runners(plan, device)
+    trunk = TensorRtTrunk(runners[TRUNK], plan.manifest.detector)
+    return trunk, TensorRtHead(runners[HEAD]) if HEAD in runners else None
+
+
+def load_runners(plan: Plan, device: CudaDevice | None = None) -> dict[str, EngineRunner]:
+    """The engines of a plan by the names of its parts; raises as :func:`load_tensorrt`."""
     manifest = plan.manifest
     target = read_target(plan)
     bindings = load_bindings()
@@ -63,9 +70,7 @@ def load_tensorrt(plan: Plan, device: CudaDevice | None = None) -> tuple[TensorR
     target.check(bindings.version, device.gpu, rebuild_hint(manifest))
     lean = target.version != bindings.version
     scratch = Scratch(device)
-    runners = {name: EngineRunner(plan.parts[name], bindings, device, scratch, lean=lean) for name in _needed(manifest)}
-    trunk = TensorRtTrunk(runners[TRUNK], manifest.spec)
-    return trunk, TensorRtHead(runners[HEAD]) if HEAD in runners else None
+    return {name: EngineRunner(plan.parts[name], bindings, device, scratch, lean=lean) for name in _needed(manifest)}
 
 
 def read_target(plan: Plan) -> Target:
@@ -82,4 +87,4 @@ def read_target(plan: Plan) -> Target:
 
 
 def _needed(manifest: Manifest) -> list[str]:
-    return [TRUNK, HEAD] if manifest.spec.has_box_head else [TRUNK]
+    return [TRUNK, *(f"{name}.engine" for name in manifest.spec.head_names)]

@@ -18,6 +18,7 @@ from fpn_engine.backends.native.cuda.work import Work, collect_work
 from fpn_engine.backends.native.packing import TACTICS, unpack_part
 from fpn_engine.backends.native.parts import MakeExecutor
 from fpn_engine.backends.native.program import Program
+from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_engine.plan import Plan
 from fpn_engine.spec import ModelSpec
 
@@ -45,13 +46,14 @@ def settle(plan: Plan, gpu: Gpu, tune: Tune) -> Choices:
     return Choices(gpu, tuning.tactics)
 
 
-def find_work(parts: Mapping[str, bytes], spec: ModelSpec, tuned: TunedTactics) -> list[Work]:
-    """All work of trunk and head at the shapes that are measured."""
+def find_work(parts: Mapping[str, bytes], spec: AnySpec, tuned: TunedTactics) -> list[Work]:
+    """All work of trunk and box head at the shapes that are measured; the windows' layers have one implementation."""
     found: dict[str, Work] = {}
-    for name in ("trunk", "head") if spec.has_box_head else ("trunk",):
+    for name in ("trunk",) if isinstance(spec, MaskSpec) else ("trunk", *spec.head_names):
         program, weights = unpack_part(name, parts)
         shapes = tuned.trunk_shapes()
         if name == "head":
+            assert isinstance(spec, ModelSpec)  # for mypy
             width = spec.feature_channels * spec.box_roi_pool.output_size**2
             shapes = tuned.head_shapes(spec.rpn_post_nms_top_n_test, width)
         found |= collect_work(program, {key: tuple(tensor.shape) for key, tensor in weights.items()}, shapes)

@@ -1,0 +1,86 @@
+"""``fpn-engine train --arch fpn-masks``: annotated images with masks to a mask-proposal model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpn_engine.cli.console import note
+from fpn_engine.cli.stopping import StopRequest
+from fpn_engine.cli.training_display import TrainingDisplay
+from fpn_engine.errors import FpnEngineError
+
+if TYPE_CHECKING:
+    from fpn_export.training.trainer import Habits
+
+MASKS = "fpn-masks"
+
+
+def train_masks(
+    *,
+    annotations: Sequence[Path],
+    images: Path | None,
+    val_annotations: Path | None,
+    val_images: Path | None,
+    output: Path,
+    spec: Mapping[str, Any],
+    variant: str,
+    recipe: Mapping[str, Any],
+    steps: int | None,
+    epochs: float,
+    habits: Habits,
+    init: Path | None,
+    device: str | None,
+    restart: bool,
+) -> None:
+    """Train, or take up what was stopped. Raises: FpnEngineError in one sentence; SystemExit for a run that stopped."""
+    import hashlib
+
+    from fpn_engine.masks.ground_truth import load_segments
+    from fpn_engine.masks.spec import MaskSpec
+    from fpn_export.masks.examples import AnnotatedSegments
+    from fpn_export.masks.training import MaskJob, SegmentValidation, make_recipe
+    from fpn_export.masks.training import train_masks as run
+    from fpn_export.masks.variants import make_variant
+
+    if len(annotations) != 1:
+        raise FpnEngineError("mask proposals are learnt from one annotation file; join them and give that")
+    folder = _need_folder(images, annotations[0])
+    examples = AnnotatedSegments(load_segments(annotations[0]), folder)
+    validation = None
+    if val_annotations is not None:
+        truth, val_folder = load_segments(val_annotations), val_images or folder
+        validation = SegmentValidation(truth, lambda number: val_folder / truth.truth.images[number].file_name)
+    given = {name: value for name, value in recipe.items() if value is not None}
+    batch = given.pop("batch_size")
+    made = make_recipe(steps or max(1, round(epochs * len(examples) / batch)), batch, **given)
+    job = MaskJob(
+        spec=make_variant(MaskSpec.from_dict(spec), variant),
+        recipe=made,
+        output=output,
+        examples=examples,
+        data={"annotations": hashlib.sha256(annotations[0].read_bytes()).hexdigest()},
+        validation=validation,
+        habits=habits,
+        init=init,
+        device=device,
+        restart=restart,
+    )
+    stop = StopRequest()
+    with stop, TrainingDisplay(made.steps) as display:
+        outcome = run(job, display.update, stop)
+    if not outcome.complete:
+        note(f"stopped after step {outcome.step} of {made.steps}; the same command goes on from there")
+        raise SystemExit(stop.exit_code)
+    if int(os.environ.get("RANK", 0)) == 0:
+        best = "" if outcome.best is None else f", best AR1000 {outcome.best:.3f}"
+        note(f"trained {made.steps} steps{best}")
+        note(f"next: fpn-engine export {output / 'best.pth'}")
+
+
+def _need_folder(images: Path | None, annotations: Path) -> Path:
+    if images is None:
+        raise FpnEngineError(f"{annotations} does not say where its images are; name their folder with --images")
+    return images
