@@ -1,0 +1,70 @@
+"""Table 6: rows in order, a stopped run that goes on, outputs of another scale; the limit of bundled files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bundle as bundle_module
+from benchmarks import mask_table6
+from benchmarks.mask_table6 import BASE, ROWS, Scale, main, run_table
+from fpn_engine.errors import CheckpointError
+from fpn_export.masks.model import FpnMasks
+from fpn_export.masks.variants import make_variant
+from tests.export.masks.tiny import tiny_model
+
+SCALE = Scale(steps=1, batch=1, scenes=1, val_scenes=1)
+
+
+def run(output: Path, steps: list[str], rows: int = 99) -> bool:
+    """A table whose rows take no time; stops before row ``rows``."""
+
+    def row(name: str, scale: Scale, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        steps.append(name)
+        return {"row": name}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_table6, "run_row", row)
+        return run_table(SCALE, output.parent, output, lambda: len(steps) >= rows, "command")
+
+
+def test_rows_are_the_papers_and_none_is_run_twice(tmp_path: Path) -> None:
+    output, steps = tmp_path / "table.json", list[str]()
+    assert not run(output, steps, rows=2)
+    assert run(output, steps)
+    assert steps == ["5x5", "7x7", "dual", "dual, 2x masks", "dual, 2x masks, 2x schedule"]
+    document = json.loads(output.read_text())
+    assert [row["row"] for row in document["rows"]] == steps
+    assert {"command", "date", "commit", "device", "packages"} <= set(document)
+
+
+def test_an_output_of_another_scale_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "table.json"
+    output.write_text(json.dumps({"scale": {"steps": 2}, "rows": []}))
+    with pytest.raises(SystemExit, match="of another scale"):
+        run(output, [])
+
+
+def test_a_call_of_no_minutes_begins_nothing(tmp_path: Path) -> None:
+    assert main([str(tmp_path), "-o", str(tmp_path / "table.json"), "--minutes", "0"]) == 75
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_the_table_is_small_enough_to_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        largest = FpnMasks(make_variant(BASE, ROWS["dual, 2x masks"][0]))
+    halves = 2 * sum(tensor.numel() for tensor in largest.state_dict().values())
+    assert halves < bundle_module.LIMITS["fpn_masks"]
+    model = tiny_model()
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    (tmp_path / "tiny.json").write_text(json.dumps({"spec": model.spec.to_dict(), "about": {}}))
+    bundle_module.bundle(tmp_path / "tiny.pth", tmp_path / "small.safetensors")
+    monkeypatch.setitem(bundle_module.LIMITS, "fpn_masks", 1000)
+    with pytest.raises(CheckpointError, match="bundle a smaller model"):
+        bundle_module.bundle(tmp_path / "tiny.pth", tmp_path / "large.safetensors")
+    assert not (tmp_path / "large.safetensors").exists()
