@@ -151,7 +151,7 @@ def main() -> None:
     command = (
         f"python -m benchmarks.mask_proposals --arch {given.arch} --variant {given.variant} --rounds {given.rounds}"
     )
-    text = json.dumps({**describe_run(command), **measure(given.arch, given.variant, given.rounds)}, indent=1)
+    text = json.dumps([{**describe_run(command), **measure(given.arch, given.variant, given.rounds)}], indent=1)
     if given.output:
         given.output.write_text(text + "\n")
     print(text)

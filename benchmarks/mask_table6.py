@@ -112,21 +112,19 @@ def run_table(scale: Scale, folder: Path, output: Path, should_stop: Callable[[]
 
     Raises: SystemExit if ``output`` is of another scale.
     """
-    document: dict[str, Any] = {**describe_run(command), "scale": scale.describe(), "rows": []}
-    if output.exists():
-        document = json.loads(output.read_text())
-        if document["scale"] != json.loads(json.dumps(scale.describe())):
-            raise SystemExit(f"{output} is of another scale; name another output")
-    done = {row["row"] for row in document["rows"]}
+    rows: list[dict[str, Any]] = json.loads(output.read_text()) if output.exists() else []
+    if any(row["scale"] != json.loads(json.dumps(scale.describe())) for row in rows):
+        raise SystemExit(f"{output} is of another scale; name another output")
+    done = {row["row"] for row in rows}
     for name in ROWS:
         if name in done:
             continue
         row = None if should_stop() else run_row(name, scale, folder, should_stop)
         if row is None:
             return False
-        document["rows"].append(row)
+        rows.append({**describe_run(command), "scale": scale.describe(), **row})
         with replacing(output) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+            temporary.write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps(row), file=sys.stderr, flush=True)
     return True
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fpn_engine.cli.console import note
 from fpn_engine.cli.stopping import StopRequest
 from fpn_engine.cli.training_display import TrainingDisplay
 from fpn_engine.errors import FpnEngineError
-
-if TYPE_CHECKING:
-    from fpn_export.training.trainer import Habits
 
 MASKS = "fpn-masks"
 
@@ -30,12 +27,16 @@ def train_masks(
     recipe: Mapping[str, Any],
     steps: int | None,
     epochs: float,
-    habits: Habits,
+    habits: Any,
     init: Path | None,
     device: str | None,
     restart: bool,
 ) -> None:
-    """Train, or take up what was stopped. Raises: FpnEngineError in one sentence; SystemExit for a run that stopped."""
+    """Train, or take up what was stopped.
+
+    Args: as the options of ``train``; recipe: fields that are given, None for those that are not. habits: a ``Habits``.
+    Raises: FpnEngineError in one sentence; SystemExit for a run that stopped.
+    """
     import hashlib
 
     from fpn_engine.masks.ground_truth import load_segments
