@@ -1,6 +1,6 @@
 """Table 6 on generated scenes: average recall of segments for each of its rows, small enough for two cores.
 
-    python -m benchmarks.mask_table6 runs/table6 [--steps 700] [-o benchmarks/results/masks_table6.json]
+    python -m benchmarks.mask_table6 runs/table6 [--steps 1000] [-o benchmarks/results/masks_table6.json]
 
 Rows, in the paper's order: the 5x5 MLP, the 7x7 MLP, both, both with 28x28 masks, and that with the doubled schedule.
 All learn the same scenes for ``--steps`` updates, the last one for twice as many, by appendix A's recipe for batches of
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mask_table6", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="scenes and runs")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/masks_table6.json"))
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--scenes", type=int, default=1500)
     parser.add_argument("--val-scenes", type=int, default=100)

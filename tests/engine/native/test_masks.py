@@ -19,6 +19,7 @@ from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.onnx_export import export_mask_onnx
 from fpn_export.native.parts import make_native_parts
 from fpn_export.networks import cut_networks
+from tests.export.masks.alike import assert_same_masks
 from tests.export.masks.tiny import random_images, tiny_model
 
 
@@ -62,6 +63,16 @@ def test_scores_everywhere_are_pytorchs(
     assert found.status.tolist() == [0, 0]
     if precision == "fp32":
         torch.testing.assert_close(found.masks, model.pipeline(random_images()).masks, rtol=0, atol=1e-4)
+
+
+def test_each_of_a_thousand_masks_is_pytorchs(model: FpnMasks, networks: dict[str, ModelProto]) -> None:
+    images = random_images(2, 160, 224)
+    plan = make_plan(model, networks, "fp32")
+    found = MaskPipeline(model.spec, *load_native_masks(plan, threads=1))(images, 1000)
+    expected = model.pipeline(images, 1000)
+    assert found.masks.shape[1] == 1000
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    assert_same_masks(found.regions, found.masks, expected, (160, 224))
 
 
 def test_spectra_are_for_the_cpu(model: FpnMasks, networks: dict[str, ModelProto]) -> None:

@@ -6,11 +6,11 @@ import onnxruntime
 import pytest
 import torch
 
-from fpn_engine.masks.paste import paste_masks
 from fpn_engine.masks.spec import MaskSpec
 from fpn_export.masks.onnx_export import export_mask_onnx
 from fpn_export.masks.variants import make_variant
 from fpn_export.onnx_network import SPEC_KEY
+from tests.export.masks.alike import assert_same_masks
 from tests.export.masks.tiny import random_images, tiny_model, tiny_spec
 
 MASKS = 1000
@@ -35,21 +35,7 @@ def assert_alike(model, session, images):
         assert found[name].dtype == getattr(expected, name).numpy().dtype
     np.testing.assert_allclose(found["scores"], expected.scores.numpy(), atol=1e-5)
     assert found["status"].tolist() == expected.status.tolist() == [0] * len(images)
-    for image in range(len(images)):
-        # Rounding may swap neighbours, and change which of equals is the last.
-        slots = {tuple(region): slot for slot, region in enumerate(found["regions"][image].tolist())}
-        own = [slots.get(tuple(region)) for region in expected.regions[image].tolist()]
-        lost = [slot for slot, place in enumerate(own) if place is None]
-        assert all(expected.scores[image, slot] < expected.scores[image, -1] + 1e-5 for slot in lost)
-        assert len(lost) <= 1
-        size = images.shape[2:]
-        there = [slot for slot in range(len(own)) if slot not in lost]
-        regions, masks = expected.regions[image, there], torch.from_numpy(found["masks"][image])
-        swapped = [own[slot] for slot in there]
-        ours, theirs = (paste_masks(part, regions, size) for part in (expected.masks[image, there], masks[swapped]))
-        union, both = (ours | theirs).sum(dim=(1, 2)), (ours & theirs).sum(dim=(1, 2))
-        assert union.count_nonzero() > len(union) / 2, "else there would be nothing to compare"
-        assert (both >= 0.99 * union).all()
+    assert_same_masks(torch.from_numpy(found["regions"]), torch.from_numpy(found["masks"]), expected, images.shape[2:])
     return found
 
 
