@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK_CELLS = 1 << 25  # pixels that are pasted at a time: 128 MB of float32
 
 
-def _axis_weights(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
-    """(K, length, cells) float32: how much each of a mask's cells is worth at each pixel along one axis."""
-    pixel = torch.arange(length, dtype=torch.float32, device=low.device) + 0.5
+def _axis_weights(low: Tensor, high: Tensor, pixels: range, cells: int) -> Tensor:
+    """(K, pixels, cells) float32: how much each of a mask's cells is worth at each pixel along one axis."""
+    pixel = torch.arange(pixels.start, pixels.stop, dtype=torch.float32, device=low.device) + 0.5
     position = (pixel - low[:, None]) / (high - low)[:, None] * cells
     inside = (position >= 0) & (position < cells)
     centre = (position - 0.5).clamp(0, cells - 1)[..., None]
@@ -46,10 +48,29 @@ def _paste(masks: Tensor, regions: Tensor, size: Sequence[int], threshold: float
     few = max(1, CHUNK_CELLS // max(1, height * width))
     for logits, part in zip(masks.split(few), regions.split(few), strict=True):
         x1, y1, x2, y2 = part.unbind(dim=1)
-        across = _axis_weights(x1, x2, width, logits.shape[2])
-        along = _axis_weights(y1, y2, height, logits.shape[1])
+        across = _axis_weights(x1, x2, range(width), logits.shape[2])
+        along = _axis_weights(y1, y2, range(height), logits.shape[1])
         probabilities = logits.to(torch.float32).sigmoid()
         yield across @ (probabilities.transpose(1, 2) @ along.transpose(1, 2)) >= threshold
+
+
+def paste_in_regions(
+    masks: Tensor, regions: Tensor, size: Sequence[int], threshold: float = 0.5
+) -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
+    """As :func:`paste_in_chunks` on the CPU, mask by mask, each around its region alone, which is soonest done there.
+
+    Yields: x and y of the first pixel, and (w, h) bool, columns first.
+    """
+    height, width = size
+    # A pixel more on each side, so that rounding of the region's ends decides nothing here.
+    bounded = regions.nan_to_num().clamp(-1, max(size) + 1)
+    ends = torch.cat([bounded[:, :2].floor() - 1, bounded[:, 2:].ceil() + 1], dim=1).clamp_(min=0)
+    ends = ends.to(torch.int64).minimum(torch.tensor([width, height] * 2))
+    probabilities = masks.to(torch.float32).sigmoid().transpose(1, 2)
+    for probability, region, (x1, y1, x2, y2) in zip(probabilities, regions, ends.tolist(), strict=True):
+        across = _axis_weights(region[0:1], region[2:3], range(x1, max(x1, x2)), masks.shape[2])[0]
+        along = _axis_weights(region[1:2], region[3:4], range(y1, max(y1, y2)), masks.shape[1])[0]
+        yield x1, y1, (across @ (probability @ along.T) >= threshold).numpy()
 
 
 def scale_regions(regions: Tensor, resized: Sequence[int], original: Sequence[int]) -> Tensor:

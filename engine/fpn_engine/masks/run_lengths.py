@@ -34,6 +34,26 @@ def encode_columns(masks: Masks) -> list[RunLengths]:
     return [_as_text(run_lengths) for run_lengths in coco_mask.encode(columns)] if len(masks) else []
 
 
+def encode_region(mask: Masks, x: int, y: int, size: tuple[int, int]) -> RunLengths:
+    """A mask that is (w, h) bool, columns first, from pixel (x, y) on, and False elsewhere.
+
+    Args: size: height and width of the image, which the mask lies within.
+    """
+    from pycocotools import mask as coco_mask
+
+    height, width = size
+    steps = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    starts, ends = ((x + column) * height + y + row for column, row in (np.nonzero(steps == step) for step in (1, -1)))
+    # A run may go on from the foot of a column to the head of the next.
+    joined = np.nonzero(ends[:-1] == starts[1:])[0]
+    starts, ends = np.delete(starts, joined + 1), np.delete(ends, joined)
+    changes = np.concatenate([[0], np.stack([starts, ends], axis=1).ravel(), [height * width]])
+    counts = np.diff(changes).tolist()
+    if len(counts) > 1 and counts[-1] == 0:
+        counts.pop()
+    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+
+
 def decode_masks(run_lengths: Sequence[RunLengths], size: tuple[int, int]) -> Masks:
     """(K, H, W) bool of masks that are all of ``size`` (height, width). Raises: AnnotationError for another size."""
     wrong = next((one["size"] for one in run_lengths if tuple(one["size"]) != tuple(size)), None)

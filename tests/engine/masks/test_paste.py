@@ -1,10 +1,12 @@
 """Pasting against interpolate on whole regions, by hand at their edges, and what leaves the image."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fpn_engine.masks.paste import paste_in_chunks, paste_masks, scale_regions
+from fpn_engine.masks.paste import paste_in_chunks, paste_in_regions, paste_masks, scale_regions
+from fpn_engine.masks.run_lengths import encode_masks, encode_region
 
 
 def paste_plainly(mask, region, size):
@@ -67,6 +69,20 @@ def test_chunks_are_columns_of_the_same(monkeypatch):
     assert torch.equal(paste_masks(masks, regions, (20, 24)), expected)
 
 
+def test_regions_alone_give_the_same_run_lengths():
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.randn(60, 14, 14, generator=generator) * 3
+    masks[:5] = 9.0  # columns from head to foot, which run on into each other
+    corners = torch.rand(60, 2, generator=generator) * 60 - 20
+    regions = torch.cat([corners, corners + 70 * torch.rand(60, 2, generator=generator)], dim=1)
+    regions[0] = torch.tensor([-5.0, -5, 60, 60])
+    regions[1] = torch.tensor([10.0, -9, 20.5, 99])
+    expected = encode_masks(paste_masks(masks, regions, (31, 37)).numpy())
+    found = [encode_region(mask, x, y, (31, 37)) for x, y, mask in paste_in_regions(masks, regions, (31, 37))]
+    assert found == expected
+    assert len({one["counts"] for one in found}) > 40
+
+
 @pytest.mark.parametrize(
     ("mask", "region"),
     [
@@ -80,6 +96,8 @@ def test_chunks_are_columns_of_the_same(monkeypatch):
 )
 def test_nothing_to_see(mask, region):
     assert not paste_masks(mask, torch.tensor([region]), (10, 12)).any()
+    [(x, y, found)] = paste_in_regions(mask, torch.tensor([region]), (10, 12))
+    assert encode_region(found, x, y, (10, 12)) == encode_masks(np.zeros((1, 10, 12), bool))[0]
 
 
 def test_none():

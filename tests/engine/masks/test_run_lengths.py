@@ -9,7 +9,15 @@ from pycocotools import mask as coco_mask
 
 from fpn_engine.errors import AnnotationError
 from fpn_engine.masks.polygons import trace_polygons
-from fpn_engine.masks.run_lengths import areas_of, box_of, decode_masks, encode_columns, encode_masks, read_segmentation
+from fpn_engine.masks.run_lengths import (
+    areas_of,
+    box_of,
+    decode_masks,
+    encode_columns,
+    encode_masks,
+    encode_region,
+    read_segmentation,
+)
 
 MASKS = arrays.arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 
@@ -21,6 +29,14 @@ def test_there_and_back(masks):
     assert np.array_equal(decode_masks(run_lengths, masks.shape[1:]), masks)
     assert encode_columns(np.ascontiguousarray(masks.transpose(0, 2, 1))) == run_lengths
     assert areas_of(run_lengths) == masks.sum(axis=(1, 2)).tolist()
+
+
+@settings(deadline=None)
+@given(MASKS, st.tuples(*[st.integers(0, 3)] * 4))
+def test_a_region_is_the_mask_around_it(mask, margins):
+    left, top, right, bottom = margins
+    whole = np.pad(mask, ((top, bottom), (left, right)))
+    assert encode_region(mask.T, left, top, whole.shape) == encode_masks(whole[None])[0]
 
 
 @settings(deadline=None)
