@@ -72,7 +72,7 @@ def make_runs(program: Program, weights: Weights) -> list[Run]:
     dtypes = program.dtypes()
     finite = FLOAT16 not in dtypes.values() and all(bool(tensor.isfinite().all()) for tensor in weights.values())
     fused = finite and has_fused_convolution()
-    transformed = WinogradWeights(weights) if finite else None
+    transformed = WinogradWeights(weights) if fused else None
     runs = []
     for op in program.ops:
         if op.VIEW or not (dtypes[op.inputs[0]] == FLOAT16 or (isinstance(op, (Conv, Linear)) and op.dtype)):

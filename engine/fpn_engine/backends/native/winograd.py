@@ -1,8 +1,9 @@
 """3x3 convolution on a CPU by Winograd's F(4x4, 3x3): a quarter of the products (Lavin and Gray 2016, sec. 4).
 
-A tile of 4x4 results needs 6x6 cells of the input d and is A^T [(G g G^T) * (B^T d B)] A. Both transforms are linear in
-the tile, so that each is one product with a 36x36 or 16x36 matrix, the Kronecker square of B^T or A^T, and the products
-over channels are 36 matrix products. Strips of some tiles each keep all of it in the caches.
+A tile of 4x4 results needs 6x6 cells of the input d and is A^T [(G g G^T) * (B^T d B)] A. Both transforms are linear
+in the tile, so that each is one product with a 36x36 or 16x36 matrix, the Kronecker square of B^T or A^T. The products
+over channels are 36 matrix products, for which a grouped 1x1 convolution of oneDNN is a third faster than torch's bmm.
+Strips of some tiles each keep all of it in the caches.
 """
 
 from __future__ import annotations
@@ -43,11 +44,16 @@ OUTPUT = (
 )
 FEWEST_CHANNELS = 128  # on either side; of fewer the transforms cost what the products save
 FEWEST_TILES = 64  # of an image: fewer rows do not fill a matrix product
-STRIP = 256  # tiles in a strip, about
+# Tiles in a strip, at most where a row has fewer: so few that the caches have them, and so many that reading a large
+# weight for each strip does not count.
+STRIP, SHORT_STRIP, LARGE_WEIGHT = 256, 96, 1 << 15
+# What weights are laid out for: oneDNN has one layout for 64 to 256 rows, and lays out anew where another is due.
+PACKED_FOR = 128
+GEOMETRY = ([0, 0], [1, 1], [1, 1], CELLS * CELLS)
 
 
 class WinogradWeights(Mapping[str, Tensor]):
-    """Transformed weights, (36, C, O) float32, each made when it is first asked for and shared by all that have it."""
+    """Transformed weights, each made when it is first asked for and shared by all operations that have it."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
@@ -66,11 +72,16 @@ class WinogradWeights(Mapping[str, Tensor]):
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """(O, 3, 3, C) to (36, C, O), in float64 on the way."""
+    """(O, 3, 3, C) to (36 O, C, 1, 1) as oneDNN wants it laid out, in float64 on the way."""
     window = torch.tensor(WINDOW, dtype=torch.float64)
     out_channels, _, _, channels = weight.shape
-    transformed = torch.einsum("ai,bj,oijc->abco", window, window, weight.double())
-    return transformed.reshape(CELLS * CELLS, channels, out_channels).to(weight.dtype).contiguous()
+    transformed = torch.einsum("ai,bj,oijc->aboc", window, window, weight.double())
+    flat = transformed.reshape(GEOMETRY[3] * out_channels, channels, 1, 1).to(weight.dtype)
+    shape = [1, GEOMETRY[3] * channels, PACKED_FOR, 1]
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        flat.contiguous(memory_format=torch.channels_last), *GEOMETRY, shape
+    )
+    return packed
 
 
 def suits(op: Conv, weight: Tensor) -> bool:
@@ -86,19 +97,22 @@ def suits(op: Conv, weight: Tensor) -> bool:
 
 
 def pays(shape: Shape) -> bool:
-    """Whether a map (N, H, W, C) is large enough for it."""
-    return _count_tiles(shape[1]) * _count_tiles(shape[2]) >= FEWEST_TILES
+    """Whether a map (N, H, W, C) is large enough for it, and no wider than a strip."""
+    down, across = _count_tiles(shape[1]), _count_tiles(shape[2])
+    return down * across >= FEWEST_TILES and across <= STRIP
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """The 3x3 convolution of stride 1 and padding 1, plus bias and ``residual``.
 
-    Args: x: (N, H, W, C) float32, contiguous. weight: (36, C, O). bias: (O,). residual: (N, H, W, O); written onto.
+    Args:
+        x: (N, H, W, C) float32, contiguous. weight: of :func:`transform_weight`. bias: (O,).
+        residual: (N, H, W, O); written onto.
     Returns: (N, H, W, O), ``residual`` itself if it is given.
     """
     n, h, w, _ = x.shape
-    out = x.new_empty(n, h, w, weight.shape[2]) if residual is None else residual
     strip = _Strip(x, weight)
+    out = x.new_empty(n, h, w, strip.out_channels) if residual is None else residual
     for image, row in product(range(n), range(0, _count_tiles(h), strip.rows)):
         result = strip.convolve(x[image], RESULTS * row)
         place = out[image, RESULTS * row : RESULTS * row + len(result)]
@@ -116,33 +130,36 @@ class _Strip:
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         _, h, w, channels = x.shape
-        self._weight, self._width = weight, w
-        self._across = _count_tiles(w)
-        self.rows = max(1, min(_count_tiles(h), round(STRIP / self._across)))
+        cells = CELLS * CELLS
+        self._weight, self._width, self._across = weight, w, _count_tiles(w)
+        self.out_channels = len(weight) // cells
+        strip = STRIP if channels * self.out_channels >= LARGE_WEIGHT else SHORT_STRIP
+        self.rows = max(1, min(_count_tiles(h), strip // self._across))
         sides = (RESULTS * self.rows + CELLS - RESULTS, RESULTS * self._across + CELLS - RESULTS)
         self._padded = x.new_zeros(*sides, channels)
+        tiles = self.rows * self._across
         input_matrix, output_matrix = x.new_tensor(INPUT), x.new_tensor(OUTPUT)
-        self._input_matrix = torch.kron(input_matrix, input_matrix)
-        self._output_matrix = torch.kron(output_matrix, output_matrix)
-        tiles, out_channels = self.rows * self._across, weight.shape[2]
-        self._gathered, self._transformed = x.new_empty(2, CELLS * CELLS, tiles * channels)
-        self._products = x.new_empty(CELLS * CELLS, tiles, out_channels)
-        self._results = x.new_empty(RESULTS * RESULTS, tiles * out_channels)
+        self._input_matrix = torch.kron(input_matrix, input_matrix).expand(tiles, cells, cells)
+        self._output_matrix = torch.kron(output_matrix, output_matrix).expand(tiles, RESULTS * RESULTS, cells)
+        self._gathered, self._transformed = x.new_empty(2, tiles, cells, channels)
+        self._results = x.new_empty(tiles, RESULTS * RESULTS, self.out_channels)
 
     def convolve(self, image: Tensor, first: int) -> Tensor:
         """The result's rows from ``first`` on, (at most 4 ``rows``, W, O), of an image (H, W, C)."""
         self._load(image, first)
         down, across, channel = self._padded.stride()
         windows = self._padded.as_strided(
-            (CELLS, CELLS, self.rows, self._across, image.shape[2]),
-            (down, across, RESULTS * down, RESULTS * across, channel),
+            (self.rows, self._across, CELLS, CELLS, image.shape[2]),
+            (RESULTS * down, RESULTS * across, down, across, channel),
         )
         self._gathered.view(windows.shape).copy_(windows)
-        torch.mm(self._input_matrix, self._gathered, out=self._transformed)
-        tiles = self._transformed.view(CELLS * CELLS, self.rows * self._across, image.shape[2])
-        torch.bmm(tiles, self._weight, out=self._products)
-        torch.mm(self._output_matrix, self._products.view(CELLS * CELLS, -1), out=self._results)
-        results = self._results.view(RESULTS, RESULTS, self.rows, self._across, -1).permute(2, 0, 3, 1, 4)
+        torch.bmm(self._input_matrix, self._gathered, out=self._transformed)
+        tiles = len(self._transformed)
+        x = self._transformed.view(1, tiles, 1, -1).permute(0, 3, 1, 2)
+        y = torch.ops.mkldnn._convolution_pointwise(x, self._weight, None, *GEOMETRY, "none", [], "")
+        products = y.permute(0, 2, 3, 1).reshape(tiles, CELLS * CELLS, self.out_channels)
+        torch.bmm(self._output_matrix, products, out=self._results)
+        results = self._results.view(self.rows, self._across, RESULTS, RESULTS, -1).permute(0, 2, 1, 3, 4)
         grid = results.reshape(RESULTS * self.rows, RESULTS * self._across, -1)
         return grid[: len(image) - first, : self._width]
 
