@@ -18,7 +18,7 @@ from onnx import ModelProto
 import fpn_engine
 from fpn_engine.backends.loading import BACKENDS
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
-from fpn_engine.backends.native.loading import PRECISIONS, check_native_device
+from fpn_engine.backends.native.loading import PRECISIONS, check_int8, check_native_device
 from fpn_engine.backends.native.packing import unpack_part
 from fpn_engine.backends.ort import TRUNK
 from fpn_engine.backends.tensorrt.bindings import load_bindings
@@ -43,6 +43,7 @@ from fpn_export.tensorrt.typed_graph import PRECISIONS as TENSORRT_PRECISIONS
 
 AUTO = "auto"
 CHOICES = (AUTO, *BACKENDS)
+NO_INT8_ON_CUDA = "the native backend runs int8 on the CPU only; on an NVIDIA GPU take --backend tensorrt"
 Steps = Callable[[str], None]
 ForCuda = TuneFor | BuildOptions | ProviderOptions  # of the native backend, of TensorRT, of ONNX Runtime
 
@@ -74,8 +75,8 @@ def build_plan(
     ``BuildOptions`` there, its own defaults without. "onnxruntime" with ``ProviderOptions`` is for any GPU, and is
     compiled where it is loaded.
 
-    ``backend`` "onnxruntime" or "native" is taken as it is. "auto" times both at fp32 and takes the faster, which
-    ``on_note`` is told in one line; at "bf16" it is native, and at "int8" onnxruntime, the ones that run them.
+    ``backend`` "onnxruntime" or "native" is taken as it is. "auto" times both at fp32 and int8 and takes the faster,
+    which ``on_note`` is told in one line; at "bf16" it is native, the one that runs it.
 
     ``precision`` None is int8 for a quantised model and fp32 for any other.
 
@@ -99,7 +100,7 @@ def build_plan(
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
         model, spec = parse_onnx(model_path, data)
-        precision, chosen = _fit_model(model_path, model, precision, chosen)
+        precision = _fit_model(model_path, model, precision, chosen, tune_for)
         on_progress("cut")
         device = "cuda" if tune_for else "cpu"
         networks = _cut(model_path, lambda: cut_networks(model, spec))
@@ -179,8 +180,6 @@ def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> st
     if precision == "fp8" and backend in (AUTO, "onnxruntime"):
         raise BackendError("fp8 runs on TensorRT only; add --backend tensorrt")
     precisions = TENSORRT_PRECISIONS if backend == "tensorrt" else PRECISIONS
-    if backend in (AUTO, "onnxruntime"):
-        precisions = (*precisions, "int8")
     for what, given, known in (("backend", backend, CHOICES), ("precision", precision, precisions)):
         if given not in known:
             raise BackendError(f"there is no {what} {given!r}; take one of {', '.join(known)}")
@@ -195,13 +194,13 @@ def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> st
     if tune_for:
         if backend not in (AUTO, "native"):
             raise BackendError(f"the {backend} backend is not built for CUDA this way; take --backend native")
+        if precision == "int8":
+            raise BackendError(NO_INT8_ON_CUDA)
         if not tune_for.target:
             check_native_device()
         return "native"
-    if precision == "fp32":
+    if precision in ("fp32", "int8"):
         return backend
-    if precision == "int8":
-        return "onnxruntime"
     if backend == "onnxruntime":
         raise BackendError(f"the onnxruntime backend does not run {precision}; take --backend native or fp32")
     if precision == "bf16" and not has_bfloat16():
@@ -209,29 +208,36 @@ def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> st
     return "native"
 
 
-def _fit_model(path: Path, model: ModelProto, precision: str | None, backend: str) -> tuple[str, str]:
-    """Precision and backend for what the model is: quantised to int8, to fp8, or float.
+def _fit_model(path: Path, model: ModelProto, precision: str | None, backend: str, tune_for: ForCuda | None) -> str:
+    """The precision for what the model is: quantised to int8, to fp8, or float.
 
-    Raises: ModelError if they do not go together. TensorRT's own check has more to say.
+    Raises: ModelError if they do not go together, which TensorRT's own check has more to say of; BackendError if the
+        native backend does not run it here.
     """
     found = quantized_precision(model)
     if backend == "tensorrt":
-        return precision or "fp32", backend
+        return precision or "fp32"
     if found is None:
         if precision == "int8":
             raise ModelError(f"{path}: {not_quantized('int8')}")
-        return precision or "fp32", backend
+        return precision or "fp32"
     if found != "int8":
         raise ModelError(f"{path} is quantised to {found}, which TensorRT runs only; add --backend tensorrt")
+    if isinstance(tune_for, TuneFor):
+        raise BackendError(f"{path} is quantised; {NO_INT8_ON_CUDA}")
     if precision not in (None, "int8"):
         raise ModelError(f"{path} is quantised, which does not go with {precision}; leave --precision out")
-    return "int8", "onnxruntime" if backend == AUTO else backend
+    if backend == "native":
+        check_int8()
+    return "int8"
 
 
 def _make_faster(maker: _PartMaker) -> Made:
     """The parts for the backend that runs the trunk faster here; ONNX Runtime's where native lacks an operator."""
     made = {"onnxruntime": maker.make("onnxruntime")}
     try:
+        if maker.precision == "int8":
+            check_int8()
         made["native"] = maker.make("native")
     except (ModelError, BackendError) as error:
         return Made("onnxruntime", made["onnxruntime"], f"taking onnxruntime: {error}")

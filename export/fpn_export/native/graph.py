@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from fpn_engine.backends.native.shapes import Shape
 from fpn_engine.backends.ort import open_session
 from fpn_engine.errors import ModelError
-from fpn_export.native.network import Array
+from fpn_export.native.network import Array, EightBits
 
 # Batches and sides that a symbolic size is tried with; multiples of what any pyramid divides by.
 _BATCHES, _SIDES = (1, 2), ((256, 384), (384, 512))
@@ -52,12 +52,13 @@ class Graph:
 
     Attributes:
         nodes: those that compute, in order. constants: initializers, Constant nodes and what follows from them alone.
-        input: name of the input. outputs: names of the outputs.
+        eight_bits: of constants that are dequantised int8. input: name of the input. outputs: names of the outputs.
     """
 
     def __init__(self, model: ModelProto) -> None:
         self._model = model
         self.constants: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.eight_bits: dict[str, EightBits] = {}
         given = [value for value in model.graph.input if value.name not in self.constants]
         if len(given) != 1:
             raise ModelError(f"the native backend runs networks of one input, not of {len(given)}")
@@ -112,6 +113,8 @@ class Graph:
                 self.constants[proto.output[0]] = self.constants[proto.input[0]].astype(np.float32)
                 return None
         if proto.op_type == "Constant" or (proto.input and all(n in self.constants or not n for n in proto.input)):
+            if proto.op_type == "DequantizeLinear" and (bits := self._eight_bits(proto)):
+                self.eight_bits[proto.output[0]] = bits
             evaluator = ReferenceEvaluator(proto)
             try:
                 results = evaluator.run(None, {name: self.constants[name] for name in proto.input if name})
@@ -120,3 +123,14 @@ class Graph:
             self.constants |= {name: np.asarray(value) for name, value in zip(proto.output, results, strict=True)}
             return None
         return Node.of(proto)
+
+    def _eight_bits(self, proto: NodeProto) -> EightBits | None:
+        """Values and scales of a weight in int8 that has zero points of 0 and a scale for each output channel."""
+        values, scale = (self.constants[name] for name in proto.input[:2])
+        zeros = self.constants.get(proto.input[2]) if len(proto.input) > 2 else None
+        axis = next((a.i for a in proto.attribute if a.name == "axis"), 1)  # 1 is ONNX's default
+        if values.dtype != np.int8 or values.ndim < 2 or (zeros is not None and zeros.any()):
+            return None
+        if scale.size != 1 and (scale.ndim, axis) != (1, 0):
+            return None
+        return EightBits(values, np.broadcast_to(scale.reshape(-1), len(values)).astype(np.float32))

@@ -37,7 +37,7 @@ def lower_conv(at: Lowering, node: Node) -> None:
     op = Conv(
         inputs=(x.name,),
         output=node.outputs[0],
-        weight=at.weight(node.input(1), weight.transpose(0, 2, 3, 1)),
+        weight=at.layer_weight(node, lambda array: array.transpose(0, 2, 3, 1)),
         bias=None if bias is None else at.weight(node.input(2), bias),
         stride=_pair(node, "strides"),
         padding=_padding(at, node, weight.shape[2:]),
@@ -51,31 +51,40 @@ def lower_conv(at: Lowering, node: Node) -> None:
 def lower_gemm(at: Lowering, node: Node) -> None:
     if node.get("transA", 0):
         raise at.refuse(node, "of a transposed matrix")
-    weight = at.required(node, 1) * np.float32(node.get("alpha", 1.0))
     bias = at.constant(node, 2)
     if bias is not None:
         bias = bias * np.float32(node.get("beta", 1.0))
-    _add_linear(at, node, weight if node.get("transB", 0) else weight.T, bias)
+    _add_linear(at, node, bool(node.get("transB", 0)), bias, node.get("alpha", 1.0))
 
 
 def lower_matmul(at: Lowering, node: Node) -> None:
-    _add_linear(at, node, at.required(node, 1).T, None)
+    _add_linear(at, node, False, None)
 
 
-def _add_linear(at: Lowering, node: Node, weight: Array, bias: Array | None) -> None:
-    """Rows times ``weight`` (O, F); the columns of a flattened map are put in its order here."""
-    x = at.value(node)
-    if x.layout != "rows" or weight.ndim != 2:
+def _add_linear(at: Lowering, node: Node, transposed: bool, bias: Array | None, factor: float = 1.0) -> None:
+    """Rows times a matrix times ``factor``; the columns of a flattened map are put in its order here.
+
+    Args: transposed: whether the matrix is (O, F) as it is stored here.
+    """
+    x, given = at.value(node), at.required(node, 1)
+    if x.layout != "rows" or given.ndim != 2:
         raise at.refuse(node, "on anything but a matrix and a constant one")
-    out = len(weight)
-    if x.chw:
-        weight = weight.reshape(out, *x.chw).transpose(0, 2, 3, 1).reshape(out, -1)
+    out = given.shape[0 if transposed else 1]
+
+    def arrange(array: Array) -> Array:
+        rows = array if transposed else array.T
+        return rows.reshape(out, *x.chw).transpose(0, 2, 3, 1).reshape(out, -1) if x.chw else rows
+
+    if factor == 1.0 and transposed:
+        weight = at.layer_weight(node, arrange)
+    else:
+        weight = at.weight(node.input(1), arrange(given) * np.float32(factor))
     if bias is not None:
         bias = np.broadcast_to(bias.reshape(-1), out)
     op = Linear(
         inputs=(x.name,),
         output=node.outputs[0],
-        weight=at.weight(node.input(1), weight),
+        weight=weight,
         bias=None if bias is None else at.weight(node.input(2), bias),
     )
     at.emit(op, node, x, channels=out, chw=None)

@@ -13,7 +13,7 @@ import numpy as np
 from fpn_engine.backends.native.ops import Op
 from fpn_engine.errors import ModelError
 from fpn_export.native.graph import Graph, Node
-from fpn_export.native.network import Array, Network
+from fpn_export.native.network import Array, EightBits, Network
 
 # Operators whose other inputs are parameters and shapes, which may be computed from sizes.
 _ONE_INPUT = frozenset(
@@ -133,6 +133,13 @@ class Lowering:
         while free in known and not _same(known[free], array):
             free += "'"
         return self._network.add_weight(free, array)
+
+    def layer_weight(self, node: Node, arrange: Callable[[Array], Array]) -> str:
+        """Store the weight ``node.input(1)`` in the order that ``arrange`` brings it to, in 8 bits too if it has them."""
+        name = self.weight(node.input(1), arrange(self.required(node, 1)))
+        if bits := self.graph.eight_bits.get(node.input(1)):
+            self._network.eight_bits[name] = EightBits(arrange(bits.values), bits.scale)
+        return name
 
     def refuse(self, node: Node, why: str = "") -> ModelError:
         """The error for what this backend does not have."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,13 @@ from fpn_engine.backends.native.shapes import Shape, infer_shapes
 Array = NDArray[Any]
 
 
+class EightBits(NamedTuple):
+    """What a weight is made of: int8 ``values`` in its shape, times the float32 ``scale`` (O,) of its channels."""
+
+    values: Array
+    scale: Array
+
+
 @dataclass(slots=True)
 class Network:
     """A program under change.
@@ -26,6 +33,7 @@ class Network:
             one cell.
         ops: in order. outputs: values that are asked for.
         weights: float32 arrays by name, convolutions (O, kH, kW, C / groups).
+        eight_bits: what those of them are made of that a quantised model stores in 8 bits.
     """
 
     input: str
@@ -33,6 +41,7 @@ class Network:
     ops: list[Op]
     outputs: list[str]
     weights: dict[str, Array]
+    eight_bits: dict[str, EightBits] = field(default_factory=dict)
 
     def count_readers(self) -> Counter[str]:
         """How often each value is read, as an output too."""
@@ -58,7 +67,8 @@ class Network:
         return Program(input=self.input, ops=tuple(self.ops), outputs=tuple(self.outputs))
 
     def add_weight(self, name: str, array: Array) -> str:
-        """Store a tensor once under ``name``; what is there under that name must be the same."""
+        """Store a tensor once under ``name``, int8 or float32; what is there under that name must be the same."""
         if name not in self.weights:
-            self.weights[name] = np.array(array, dtype=np.float32, order="C")
+            dtype = np.int8 if array.dtype == np.int8 else np.float32
+            self.weights[name] = np.array(array, dtype=dtype, order="C")
         return name

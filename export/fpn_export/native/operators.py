@@ -8,9 +8,10 @@ from fpn_export.native.graph import Graph
 from fpn_export.native.layers import LAYERS
 from fpn_export.native.lowering import Lowering
 from fpn_export.native.network import Network
+from fpn_export.native.pairs import PAIRS
 from fpn_export.native.reshaping import RESHAPING
 
-OPERATORS = LAYERS | RESHAPING
+OPERATORS = LAYERS | RESHAPING | PAIRS
 
 
 def lower(model: ModelProto) -> Network:

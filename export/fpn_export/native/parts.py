@@ -13,7 +13,7 @@ from fpn_engine.errors import ModelError
 from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_export.native.fusion import fuse
 from fpn_export.native.operators import lower
-from fpn_export.native.precision import in_bfloat16, in_float32, in_half
+from fpn_export.native.precision import in_bfloat16, in_float32, in_half, in_int8
 from fpn_export.native.window_scores import join_window_scores
 
 
@@ -25,7 +25,8 @@ def make_native_parts(
     on_progress: Callable[[str], None],
     device: str = "cpu",
 ) -> dict[str, bytes]:
-    """Lower trunk and head, which were cut out of ``path``, to ``precision`` "fp32", "fp16" or "bf16".
+    """Lower trunk and head, which were cut out of ``path``, to ``precision`` "fp32", "fp16", "bf16" or,
+    of a quantised model on a CPU, "int8".
 
     In 16 bits objectness, deltas, class logits and box deltas are float32: on a CPU the last layers run in it, on
     ``device`` "cuda", and at fp16, they leave their float32 sums unrounded. So are the scores of mask proposals.
@@ -52,6 +53,8 @@ def make_native_parts(
         exact = lowered.outputs[features:]
         if precision == "fp32":
             parts |= pack_part(name, *in_float32(lowered))
+        elif precision == "int8":
+            parts |= pack_part(name, *in_int8(lowered))
         elif precision == "bf16" and device == "cpu":
             parts |= pack_part(name, *in_bfloat16(lowered, exact))
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, STORED, Cast, Conv, Linear, Op, Slice, WindowScore
 from fpn_engine.backends.native.program import Program
+from fpn_export.native.integers import use_integers
 from fpn_export.native.network import Array, Network
 
 Lowered = tuple[Program, dict[str, Tensor]]
@@ -43,6 +44,11 @@ def in_bfloat16(network: Network, float32: Collection[str]) -> Lowered:
     _cast_others(ops, outputs, exact, float32)
     program = Program(input=network.input, input_dtype=BFLOAT16, ops=tuple(ops), outputs=tuple(outputs))
     return _convert(program, network.weights)
+
+
+def in_int8(network: Network) -> Lowered:
+    """What a quantised model says: layers between pairs in 8 bits, weights as int8, the rest in float32."""
+    return in_float32(use_integers(network))
 
 
 def in_half(network: Network, dtype: str, float32: Collection[str]) -> Lowered:

@@ -26,10 +26,13 @@ from fpn_engine.backends.native.cpu_convolution import (
     spread,
     upsample_into,
 )
+from fpn_engine.backends.native.cpu_quantized import largest_of_windows, make_quantized_run
 from fpn_engine.backends.native.ops import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    INT8,
+    UINT8,
     UNIT,
     Activate,
     Add,
@@ -51,14 +54,21 @@ from fpn_engine.backends.native.ops import (
 )
 from fpn_engine.backends.native.overlap_save import MAX_SPECTRUM_BYTES, OverlapSave, spectrum_bytes
 from fpn_engine.backends.native.program import Program
+from fpn_engine.backends.native.quantized import QUANTIZED_OPS, QuantizedConv, QuantizedLinear
 from fpn_engine.backends.native.winograd import WinogradWeights
 
-DTYPES = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+DTYPES = {
+    FLOAT32: torch.float32,
+    FLOAT16: torch.float16,
+    BFLOAT16: torch.bfloat16,
+    UINT8: torch.uint8,
+    INT8: torch.int8,
+}
 
 
 def makes_its_output(op: Op) -> bool:
-    """Whether the operation gives a tensor of its own: every convolution that adds nothing."""
-    return isinstance(op, Conv) and len(op.inputs) == 1
+    """Whether the operation gives a tensor of its own: every convolution that adds nothing, and rows in 8 bits."""
+    return isinstance(op, (Conv, QuantizedConv, QuantizedLinear)) and len(op.inputs) == 1
 
 
 def make_runs(program: Program, weights: Weights) -> list[Run]:
@@ -69,13 +79,15 @@ def make_runs(program: Program, weights: Weights) -> list[Run]:
     65504, runs without oneDNN's activations and without Winograd's tiles. Few processors compute in float16, and so it
     is computed in float32 and rounded once per operation, as on a GPU; that is slow.
     """
-    dtypes = program.dtypes()
+    dtypes, steps = program.dtypes(), program.steps()
     finite = FLOAT16 not in dtypes.values() and all(bool(tensor.isfinite().all()) for tensor in weights.values())
     fused = finite and has_fused_convolution()
     transformed = WinogradWeights(weights) if fused else None
     runs = []
     for op in program.ops:
-        if op.VIEW or not (dtypes[op.inputs[0]] == FLOAT16 or (isinstance(op, (Conv, Linear)) and op.dtype)):
+        if isinstance(op, QUANTIZED_OPS):
+            runs.append(make_quantized_run(op, weights, steps))
+        elif op.VIEW or not (dtypes[op.inputs[0]] == FLOAT16 or (isinstance(op, (Conv, Linear)) and op.dtype)):
             runs.append(make_run(op, weights, fused, transformed))
         else:
             runs.append(make_exact_run(op, weights, DTYPES[dtypes[op.output]]))
@@ -146,6 +158,8 @@ def _make_max_pool(op: MaxPool, weights: Weights) -> Run:
         if op.kernel == UNIT and not any(op.padding):  # p6 (sec. 4.1): every second cell
             every = inputs[0][:, :: op.stride[0], :: op.stride[1]]
             return every.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(every)
+        if inputs[0].dtype == torch.uint8:
+            return largest_of_windows(inputs[0], op, out)
         x = nchw(inputs[0])
         if not direct:
             x = pad(x, op.padding, -torch.inf)

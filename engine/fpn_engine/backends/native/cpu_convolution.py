@@ -58,7 +58,7 @@ def make_convolution(op: Conv, weights: Weights, fused: bool, transformed: Weigh
     def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
         if not winograd.pays(inputs[0].shape):
             return direct(inputs, out)
-        residual = _own(inputs[1], out) if len(inputs) == 2 else None
+        residual = own(inputs[1], out) if len(inputs) == 2 else None
         return activate_(winograd.convolve(inputs[0], transformed[op.weight], bias, residual), op.activation)
 
     return run
@@ -82,14 +82,14 @@ def _make_direct(op: Conv, weights: Weights, fused: bool) -> Run:
         if op.upsample != UNIT:
             out = upsample_into(residual, op.upsample, out)
         else:
-            out = _own(residual, out)
+            out = own(residual, out)
         add_convolution(nchw(out), x)
         return out
 
     return run
 
 
-def _own(residual: Tensor, out: Tensor | None) -> Tensor:
+def own(residual: Tensor, out: Tensor | None) -> Tensor:
     """``residual`` where it may be written onto: in ``out``, which it may lie in already."""
     if out is None:
         return residual.clone()
@@ -99,7 +99,11 @@ def _own(residual: Tensor, out: Tensor | None) -> Tensor:
 def _fused_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: list[int]) -> tuple[Alone, Onto]:
     """The convolution by itself, and added to what its output holds already, both by oneDNN in one go."""
     geometry = (padding, list(op.stride), list(op.dilation), op.groups)
-    packed = _PackedWeight(weight, geometry)
+    dense = weight.contiguous(memory_format=torch.channels_last)
+    packed = SizedWeight(
+        lambda size: torch.ops.mkldnn._reorder_convolution_weight(dense, *geometry, size),
+        is_pointwise=tuple(weight.shape[2:]) == UNIT,
+    )
     kind = op.activation.kind
     bounds = [op.activation.low, op.activation.high] if kind == "clip" else []
     relu = "relu" if kind == "relu" else None
@@ -115,25 +119,23 @@ def _fused_convolution(op: Conv, weight: Tensor, bias: Tensor | None, padding: l
     return alone, onto
 
 
-class _PackedWeight:
+class SizedWeight:
     """A convolution's weight as oneDNN wants it laid out for the size of its input.
 
     In another layout it is laid out anew in every call, which for a 1x1 layer of many channels takes several times as
     long as the product. The layout of larger windows does not depend on the size.
+
+    Args: pack: makes the layout for the sides of an input, or for None.
     """
 
-    def __init__(self, weight: Tensor, geometry: tuple[list[int], list[int], list[int], int]) -> None:
-        self._weight = weight.contiguous(memory_format=torch.channels_last)
-        self._geometry = geometry
-        self._is_pointwise = tuple(weight.shape[2:]) == UNIT
+    def __init__(self, pack: Callable[[list[int] | None], Tensor], *, is_pointwise: bool) -> None:
+        self._pack, self._is_pointwise = pack, is_pointwise
         self._packed: OrderedDict[torch.Size | None, Tensor] = OrderedDict()
 
     def __call__(self, x: Tensor) -> Tensor:
         size = x.shape if self._is_pointwise else None
         if size not in self._packed:
-            self._packed[size] = torch.ops.mkldnn._reorder_convolution_weight(
-                self._weight, *self._geometry, None if size is None else list(size)
-            )
+            self._packed[size] = self._pack(None if size is None else list(size))
             if len(self._packed) > SIZES_KEPT:
                 self._packed.popitem(last=False)
         self._packed.move_to_end(size)

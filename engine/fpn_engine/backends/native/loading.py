@@ -7,12 +7,13 @@ import importlib.util
 import torch
 
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16
+from fpn_engine.backends.native.cpu_quantized import has_int8_products
 from fpn_engine.backends.native.packing import part_names, unpack_part
 from fpn_engine.backends.native.parts import NativeHead, NativeTrunk
 from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.plan import MAX_REASON, Manifest, Plan, rebuild_hint
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 OLDEST_GPU = 80  # compute capability times ten: bfloat16 on tensor cores, and what the kernels are compiled for
 
 
@@ -22,11 +23,21 @@ def check_native(manifest: Manifest) -> None:
     Of torch no version is asked for: a plan holds operations and tensors, nothing that torch compiled. What is checked
     is that the processor convolves in the plan's precision.
     """
-    if manifest.precision not in PRECISIONS or manifest.device not in ("cpu", "cuda"):
+    on_gpu = manifest.device == "cuda"
+    if (
+        manifest.precision not in PRECISIONS
+        or manifest.device not in ("cpu", "cuda")
+        or (on_gpu and manifest.precision == "int8")
+    ):
         kind = f"native {manifest.precision} on {manifest.device}"
         raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild_hint(manifest)}")
-    if manifest.device == "cuda":
+    if on_gpu:
         _check_cuda(manifest)
+    elif manifest.precision == "int8":
+        try:
+            check_int8()
+        except BackendError as error:
+            raise PlanError(f"the plan is for native int8, and {error}") from None
     elif manifest.precision == "bf16" and not has_bfloat16():
         raise PlanError(
             "the plan is for bf16, which this processor or this torch cannot convolve in; "
@@ -35,6 +46,15 @@ def check_native(manifest: Manifest) -> None:
     names = part_names(manifest.spec, manifest.device)
     if sorted(manifest.parts) != sorted(names):
         raise PlanError(f"the plan holds {sorted(manifest.parts)}, not {', '.join(names)}; {rebuild_hint(manifest)}")
+
+
+def check_int8() -> None:
+    """Raise BackendError if this processor or this torch has no products of 8 bits that add up without saturation."""
+    if not has_int8_products():
+        raise BackendError(
+            "this torch has no int8 layers of oneDNN, or this processor no VNNI instructions to add their products "
+            "exactly; build with --backend onnxruntime"
+        )
 
 
 def _check_cuda(manifest: Manifest) -> None:

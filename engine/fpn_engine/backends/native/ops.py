@@ -12,6 +12,8 @@ from typing import ClassVar
 
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
+UINT8, INT8 = "uint8", "int8"  # of quantised values and weights; see fpn_engine.backends.native.quantized
+ANY = (*DTYPES, UINT8)  # of operations that hand numbers on as they are
 ACTIVATIONS = ("none", "relu", "clip", "sigmoid", "hardswish")
 UNIT = (1, 1)
 STORED = ("weight", "bias", "scale", "shift")  # fields that name stored tensors
@@ -49,10 +51,11 @@ class Op:
     """One step: reads ``inputs``, makes ``output``; every name is made once.
 
     ``KIND`` is its name in a plan. ``IN_PLACE`` are the inputs that an executor may overwrite with the output, the best
-    first. ``VIEW`` says that the output is the input's memory.
+    first. ``VIEW`` says that the output is the input's memory. ``TAKES`` are the number types of its inputs.
     """
 
     KIND: ClassVar[str]
+    TAKES: ClassVar[tuple[str, ...]] = DTYPES
     IN_PLACE: ClassVar[tuple[int, ...]] = ()
     VIEW: ClassVar[bool] = False
     ARITY: ClassVar[tuple[int, int]] = (1, 1)
@@ -75,6 +78,15 @@ class Op:
     def in_place(self) -> tuple[int, ...]:
         """Indices of the inputs that may be overwritten with the output."""
         return self.IN_PLACE
+
+    @property
+    def result_dtype(self) -> str | None:
+        """The output's number type, None if it is the inputs'."""
+        return getattr(self, "dtype", None)
+
+    def tensor_dtypes(self, dtype: str) -> dict[str, str]:
+        """The number type of each stored tensor where inputs are of ``dtype``."""
+        return dict.fromkeys(self.weights, dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +158,7 @@ class MaxPool(Op):
     """Maxima of windows, floor of the output size; padding never wins."""
 
     KIND: ClassVar[str] = "max_pool"
+    TAKES: ClassVar[tuple[str, ...]] = ANY
 
     kernel: Pair
     stride: Pair = UNIT
@@ -223,6 +236,7 @@ class Upsample(Op):
     """Nearest neighbour: output (y, x) is input (y // factor[0], x // factor[1])."""
 
     KIND: ClassVar[str] = "upsample"
+    TAKES: ClassVar[tuple[str, ...]] = ANY
 
     factor: Pair
 
@@ -251,6 +265,7 @@ class Flatten(Op):
     """(N, H, W, C) as rows (N, H * W * C)."""
 
     KIND: ClassVar[str] = "flatten"
+    TAKES: ClassVar[tuple[str, ...]] = ANY
     VIEW: ClassVar[bool] = True
 
 
@@ -259,6 +274,7 @@ class Unflatten(Op):
     """Rows (R, height * width * C) as (R, height, width, C)."""
 
     KIND: ClassVar[str] = "unflatten"
+    TAKES: ClassVar[tuple[str, ...]] = ANY
     VIEW: ClassVar[bool] = True
 
     height: int

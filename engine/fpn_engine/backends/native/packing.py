@@ -42,9 +42,9 @@ def unpack_part(name: str, parts: Mapping[str, bytes]) -> tuple[Program, dict[st
 
 
 def _check_dtypes(program: Program, weights: Mapping[str, Tensor]) -> None:
-    """A tensor has the number type of the operations that read it."""
+    """A tensor has the number type that the operations which read it ask for."""
     dtypes = program.dtypes()
     for op in program.ops:
-        for key in op.weights:
-            if weights[key].dtype != DTYPES[dtypes[op.inputs[0]]]:
+        for key, dtype in op.tensor_dtypes(dtypes[op.inputs[0]]).items():
+            if weights[key].dtype != DTYPES[dtype]:
                 raise ValueError(f"{op.KIND} {op.output} has a tensor {key} of another number type")

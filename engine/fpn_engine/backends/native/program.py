@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from fpn_engine.backends.native.ops import DTYPES, FLOAT32, OPS, Activation, Op, Slice
-from fpn_engine.backends.native.shapes import infer_dtypes
+from fpn_engine.backends.native.ops import DTYPES, FLOAT32, OPS, UINT8, Activation, Op, Slice
+from fpn_engine.backends.native.quantized import QUANTIZED_OPS
+from fpn_engine.backends.native.shapes import infer_dtypes, infer_steps
 
 FORMAT_VERSION = 1
 MAX_OPS = 10_000
@@ -21,7 +22,7 @@ MAX_INTEGER = 1 << 16  # no kernel, stride, group or scale of a detector is larg
 # Where zero means something; elsewhere the smallest integer is 1.
 _FROM_ZERO = frozenset({"padding", "start"})
 _KEYS = {"format_version", "input", "input_dtype", "ops", "outputs"}
-_KINDS = {kind.KIND: kind for kind in OPS}
+_KINDS = {kind.KIND: kind for kind in (*OPS, *QUANTIZED_OPS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Program:
     """What to do with ``input``, (N, H, W, C) or (R, F) of ``input_dtype``, to make ``outputs``.
 
     Raises: ValueError if a name is made twice or read before it is made, an output is missing or is the input, number
-        types are mixed, or a slice is read by another operation.
+        types are mixed, a slice is read by another operation, or an output is of 8 bits.
     """
 
     input: str
@@ -56,11 +57,17 @@ class Program:
                 raise ValueError(f"the output {name} is not made")
         if not self.outputs or len(set(self.outputs)) != len(self.outputs):
             raise ValueError("the outputs must be at least one, and distinct")
-        self.dtypes()
+        dtypes = self.dtypes()
+        if eight_bits := [name for name in self.outputs if dtypes[name] == UINT8]:
+            raise ValueError(f"the output {eight_bits[0]} is of 8 bits, which nobody outside reads")
 
     def dtypes(self) -> dict[str, str]:
         """The number type of every value."""
         return infer_dtypes(self.ops, {self.input: self.input_dtype})
+
+    def steps(self) -> dict[str, float]:
+        """The step of every value of 8 bits."""
+        return infer_steps(self.ops)
 
     def weights(self) -> list[str]:
         """Names of the stored tensors, each once, in order of use."""

@@ -10,7 +10,6 @@ from fpn_engine.backends.native.ops import (
     Add,
     Affine,
     AveragePool,
-    Cast,
     Concat,
     Conv,
     Flatten,
@@ -26,6 +25,7 @@ from fpn_engine.backends.native.ops import (
     Upsample,
     WindowScore,
 )
+from fpn_engine.backends.native.quantized import Quantize, QuantizedConv, QuantizedLinear
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -51,15 +51,28 @@ def infer_shapes(ops: Sequence[Op], given: Shapes, weights: Shapes) -> dict[str,
 
 
 def infer_dtypes(ops: Sequence[Op], given: Mapping[str, str]) -> dict[str, str]:
-    """The number type of every value. Raises ValueError where inputs of one operation differ."""
+    """The number type of every value. Raises ValueError where inputs of one operation differ or are not its own."""
     dtypes = dict(given)
     for op in ops:
         kinds = {dtypes[name] for name in op.inputs}
         if len(kinds) != 1:
             raise ValueError(f"{op.KIND} {op.output} mixes {' and '.join(sorted(kinds))}")
-        given_type = op.dtype if isinstance(op, (Cast, Conv, Linear)) else None
-        dtypes[op.output] = given_type or kinds.pop()
+        kind = kinds.pop()
+        if kind not in op.TAKES:
+            raise ValueError(f"{op.KIND} {op.output} does not take {kind}")
+        dtypes[op.output] = op.result_dtype or kind
     return dtypes
+
+
+def infer_steps(ops: Sequence[Op]) -> dict[str, float]:
+    """The step of every value of 8 bits: its own, or that of what it was moved from."""
+    steps: dict[str, float] = {}
+    for op in ops:
+        if isinstance(op, (Quantize, QuantizedConv, QuantizedLinear)):
+            steps[op.output] = op.step
+        elif op.inputs[0] in steps and op.result_dtype is None:
+            steps[op.output] = steps[op.inputs[0]]
+    return steps
 
 
 @singledispatch
@@ -68,12 +81,13 @@ def infer_shape(op: Op, shapes: Sequence[Shape], weights: Shapes) -> Shape:
     return shapes[0]
 
 
-@infer_shape.register
-def _conv(op: Conv, shapes: Sequence[Shape], weights: Shapes) -> Shape:
+@infer_shape.register(Conv)
+@infer_shape.register(QuantizedConv)
+def _conv(op: Conv | QuantizedConv, shapes: Sequence[Shape], weights: Shapes) -> Shape:
     n, h, w, c = _map(shapes[0])
     out, kernel_h, kernel_w, per_group = weights[op.weight]
     _require(c == per_group * op.groups and out % op.groups == 0, f"{c} channels on a weight {weights[op.weight]}")
-    _fit_vector(op.bias, out, weights)
+    _fit_channels(op, out, weights)
     sides = _windows((h, w), (kernel_h, kernel_w), op.stride, op.padding, op.dilation)
     shape = (n, *sides, out)
     if len(shapes) == 2:
@@ -81,12 +95,13 @@ def _conv(op: Conv, shapes: Sequence[Shape], weights: Shapes) -> Shape:
     return shape
 
 
-@infer_shape.register
-def _linear(op: Linear, shapes: Sequence[Shape], weights: Shapes) -> Shape:
+@infer_shape.register(Linear)
+@infer_shape.register(QuantizedLinear)
+def _linear(op: Linear | QuantizedLinear, shapes: Sequence[Shape], weights: Shapes) -> Shape:
     rows, width = _rows(shapes[0])
     out, columns = weights[op.weight]
     _require(width == columns, f"rows of {width} on a weight {weights[op.weight]}")
-    _fit_vector(op.bias, out, weights)
+    _fit_channels(op, out, weights)
     return rows, out
 
 
@@ -190,9 +205,14 @@ def _rows(shape: Shape) -> Shape:
     return shape
 
 
-def _fit_vector(name: str | None, length: int, weights: Shapes) -> None:
-    if name is not None:
-        _require(weights[name] == (length,), f"{name} has the shape {weights[name]}, not ({length},)")
+def _fit_channels(op: Op, channels: int, weights: Shapes) -> None:
+    """Every tensor beside the weight has a number for each output channel."""
+    for name in op.weights[1:]:
+        _fit_vector(name, channels, weights)
+
+
+def _fit_vector(name: str, length: int, weights: Shapes) -> None:
+    _require(weights[name] == (length,), f"{name} has the shape {weights[name]}, not ({length},)")
 
 
 def _fit_upsampled(shape: Shape, coarse: Shape, scale: Pair) -> None:
