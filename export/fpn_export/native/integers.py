@@ -8,6 +8,8 @@ before its sums are rounded: one rounding less than the file has. What does not 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
 from fpn_engine.backends.native.ops import NONE, UNIT, Add, Conv, Flatten, Linear, MaxPool, Op, Unflatten, Upsample
 from fpn_engine.backends.native.quantized import (
     FUSED_ACTIVATIONS,
@@ -19,6 +21,7 @@ from fpn_engine.backends.native.quantized import (
 from fpn_engine.backends.native.shapes import infer_steps
 from fpn_export.native.network import Network
 
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
 _MOVES = (MaxPool, Upsample, Flatten, Unflatten)
 
 
@@ -73,7 +76,7 @@ def quantize_layers(network: Network) -> None:
             continue
         rounding = network.ops[target]
         assert isinstance(rounding, Quantize)
-        shared = {
+        shared: dict[str, Any] = {
             "inputs": (source,),
             "output": rounding.output,
             "weight": network.add_weight(f"{op.weight}:int8", bits.values),
@@ -83,7 +86,7 @@ def quantize_layers(network: Network) -> None:
             "activation": op.activation,
         }
         if isinstance(op, Conv):
-            geometry = {name: getattr(op, name) for name in ("stride", "padding", "dilation", "groups")}
+            geometry: dict[str, Any] = {name: getattr(op, name) for name in _GEOMETRY}
             ops[i] = QuantizedConv(**shared, **geometry)
         else:
             ops[i] = QuantizedLinear(**shared)

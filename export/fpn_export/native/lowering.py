@@ -135,7 +135,7 @@ class Lowering:
         return self._network.add_weight(free, array)
 
     def layer_weight(self, node: Node, arrange: Callable[[Array], Array]) -> str:
-        """Store the weight ``node.input(1)`` in the order that ``arrange`` brings it to, in 8 bits too if it has them."""
+        """Store the weight ``node.input(1)`` as ``arrange`` orders it, in 8 bits too if it has them."""
         name = self.weight(node.input(1), arrange(self.required(node, 1)))
         if bits := self.graph.eight_bits.get(node.input(1)):
             self._network.eight_bits[name] = EightBits(arrange(bits.values), bits.scale)

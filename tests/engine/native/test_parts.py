@@ -72,7 +72,8 @@ def refuse(plan: Plan, *words: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "int8"}, "is for native int8 on cpu"),
+        ({"precision": "int4"}, "is for native int4 on cpu, which this version does not run"),
+        ({"precision": "int8", "device": "cuda"}, "is for native int8 on cuda, which this version does not run"),
         ({"device": "tpu"}, "is for native fp32 on tpu, which this version does not run"),
         ({"backend": "openvino"}, "is for openvino fp32 on cpu, which this version does not run"),
         ({"parts": {}}, "the plan holds []"),
@@ -86,6 +87,12 @@ def test_a_processor_without_bfloat16(native: Plan, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loading_module, "has_bfloat16", lambda: False)
     manifest = dataclasses.replace(native.manifest, precision="bf16")
     refuse(dataclasses.replace(native, manifest=manifest), "is for bf16, which this processor", "tiny.onnx --backend")
+
+
+def test_a_processor_without_int8_products(native: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading_module, "has_int8_products", lambda: False)
+    manifest = dataclasses.replace(native.manifest, precision="int8")
+    refuse(dataclasses.replace(native, manifest=manifest), "is for int8 on the native backend", "no VNNI")
 
 
 def edit(name: str, change: Callable[[dict[str, Any]], None]) -> Damage:

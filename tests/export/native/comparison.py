@@ -48,8 +48,11 @@ def random(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def run_ort(model: ModelProto, x: Array) -> list[Array]:
+def run_ort(model: ModelProto, x: Array, *, optimise: bool = True) -> list[Array]:
+    """ONNX Runtime's answers; its optimiser merges two roundings in a row."""
     options = ort.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -13,7 +13,6 @@ import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from fpn_engine.errors import ModelError, OptionError
-from fpn_export.native.operators import lower
 from fpn_export.onnx_cut import cut_head, cut_trunk, extract
 from fpn_export.quantization.integers import use_integers
 from fpn_export.quantization.layers import Network, select_layers
@@ -200,8 +199,3 @@ def test_weights_that_are_not_finite_are_refused(model: ModelProto, layers: list
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     with pytest.raises(ModelError, match=r"backbone\.body\.conv1\.weight holds NaN"):
         insert_pairs(broken, layers, dict.fromkeys(Network(broken).points(Network(broken).layers), 1.0))
-
-
-def test_the_native_backend_names_what_runs_it(pairs: Make) -> None:
-    with pytest.raises(ModelError, match=r"QuantizeLinear.*--backend onnxruntime"):
-        lower(cut_trunk(pairs("int8"), SPEC))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import torch
@@ -14,6 +15,7 @@ from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.plan import MAX_REASON, Manifest, Plan, rebuild_hint
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+NO_INT8 = "this torch has no int8 layers of oneDNN, or this processor no VNNI to add their products exactly"
 OLDEST_GPU = 80  # compute capability times ten: bfloat16 on tensor cores, and what the kernels are compiled for
 
 
@@ -33,11 +35,9 @@ def check_native(manifest: Manifest) -> None:
         raise PlanError(f"the plan is for {kind}, which this version does not run; {rebuild_hint(manifest)}")
     if on_gpu:
         _check_cuda(manifest)
-    elif manifest.precision == "int8":
-        try:
-            check_int8()
-        except BackendError as error:
-            raise PlanError(f"the plan is for native int8, and {error}") from None
+    elif manifest.precision == "int8" and not has_int8_products():
+        elsewhere = rebuild_hint(dataclasses.replace(manifest, backend="onnxruntime"))
+        raise PlanError(f"the plan is for int8 on the native backend, and {NO_INT8}; {elsewhere}")
     elif manifest.precision == "bf16" and not has_bfloat16():
         raise PlanError(
             "the plan is for bf16, which this processor or this torch cannot convolve in; "
@@ -51,10 +51,7 @@ def check_native(manifest: Manifest) -> None:
 def check_int8() -> None:
     """Raise BackendError if this processor or this torch has no products of 8 bits that add up without saturation."""
     if not has_int8_products():
-        raise BackendError(
-            "this torch has no int8 layers of oneDNN, or this processor no VNNI instructions to add their products "
-            "exactly; build with --backend onnxruntime"
-        )
+        raise BackendError(f"{NO_INT8}; build with --backend onnxruntime")
 
 
 def _check_cuda(manifest: Manifest) -> None:
