@@ -34,30 +34,26 @@ def test_from_float_to_detections(run: Run, tiny: Tiny, photographs: Path, workp
     assert (workplace / "small.int8.svg").read_text().startswith("<svg")
     assert "small.int8.svg" in (workplace / "small.int8.md").read_text()
 
-    scores = {}
     for backend in ("onnxruntime", "native") if has_int8_products() else ("onnxruntime",):
         built = run("build", target, "--backend", backend)
         assert f"{backend} int8 on the CPU" in built.err
-        assert "int8 beside small.int8.onnx" in built.err
+        assert "int8 against that of the file on a drawn scene at half size" in built.err
+        assert "; as quantised: 31 of 31 layers in int8, agreement 100.00 -> " in built.err
         facts = json.loads(run("info", "small.int8.plan", "--json").out)
         assert (facts["backend"], facts["precision"]) == (backend, "int8")
         assert (workplace / "small.int8.plan").stat().st_size < 0.3 * tiny.model.stat().st_size
         found = json.loads(run("infer", photographs / "0.png", "--plan", "small.int8.plan", "--json").out)
-        scores[backend] = [round(each["score"], 1) for each in found["images"][0]["detections"]]
-        assert scores[backend]
+        assert found[0]["detections"]
         verified = run("verify", target, "small.int8.plan", "--images", photographs)
-        assert verified.code == 0, verified.out + verified.err
+        assert "given the same input every stage agrees" in verified.out  # random weights find the same nowhere
 
 
-@pytest.mark.parametrize("options", [("--device", "cuda"), ("--target", "sm_90"), ("--target", "sm_90", "--precision", "int8")])
+@pytest.mark.parametrize("options", [("--target", "sm_90"), ("--target", "sm_90", "--precision", "int8")])
 def test_a_quantised_model_on_cuda(run: Run, tiny: Tiny, photographs: Path, options: tuple[str, ...]) -> None:
     run("quantize", tiny.model, "--images", photographs, "-o", "a.onnx", *QUICK, "--sensitivity", 0)
     done = run("build", "a.onnx", "--backend", "native", *options)
     assert done.code == 1
-    if "--target" in options:
-        assert "the native backend runs int8 on the CPU only" in done.err
-        assert "--backend tensorrt" in done.err
-    assert "Traceback" not in done.err
+    assert "the native backend runs int8 on the CPU only; on an NVIDIA GPU take --backend tensorrt" in done.err
 
 
 def test_annotations_choose_the_images_and_give_ap(run: Run, tiny: Tiny, photographs: Path, workplace: Path) -> None:

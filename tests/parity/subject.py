@@ -63,12 +63,7 @@ class Subject:
 
     def build(self, backend: str, precision: str = "fp32", tune_for: TuneFor | None = None) -> Plan:
         """A new plan for a backend; ``tune_for`` makes it one for CUDA."""
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setenv("FPN_ENGINE_CACHE", folder)
-            model_path, plan_path = Path(folder) / "model.onnx", Path(folder) / "model.plan"
-            model_path.write_bytes(self.onnx_model.SerializeToString())
-            build_plan(model_path, plan_path, backend=backend, precision=precision, tune_for=tune_for)
-            return read_plan(plan_path)
+        return build_model(self.onnx_model, backend, precision, tune_for)
 
     def engine(self, *, batch_size: int = 1, plan: Plan | None = None, **changes: Any) -> Engine:
         """The plan, or another one, loaded, with fields of its spec changed; none that the cut parts depend on."""
@@ -86,6 +81,16 @@ class Subject:
     def oracle(self, **changes: Any) -> Oracle:
         spec = dataclasses.replace(self.spec, **changes)
         return Oracle(build_oracle(spec, representation_size=self.representation_size, state=self.model.state_dict()))
+
+
+def build_model(model: onnx.ModelProto, backend: str, precision: str, tune_for: TuneFor | None = None) -> Plan:
+    """A new plan of an ONNX model."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FPN_ENGINE_CACHE", folder)
+        model_path, plan_path = Path(folder) / "model.onnx", Path(folder) / "model.plan"
+        model_path.write_bytes(model.SerializeToString())
+        build_plan(model_path, plan_path, backend=backend, precision=precision, tune_for=tune_for)
+        return read_plan(plan_path)
 
 
 def open_session(model: onnx.ModelProto, extra_outputs: Sequence[str] = ()) -> ort.InferenceSession:

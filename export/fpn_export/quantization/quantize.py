@@ -241,11 +241,23 @@ class _Run:
             "precision": report.precision,
             "ranges": report.ranges,
             "calibrated_on": report.calibrated_on,
+            "measured": report.summary(),
             "float_layers": [row.name for row in report.layers if not row.quantized],
             "by": f"fpn-engine {fpn_engine.__version__}",
         }
         properties = {prop.key: prop.value for prop in model.metadata_props}
         helper.set_model_props(model, properties | {METADATA_KEY: json.dumps(facts)})
+
+
+def read_measured(model: ModelProto) -> str:
+    """The line of the report that a quantised file was written with, empty where it says nothing."""
+    text = next((prop.value for prop in model.metadata_props if prop.key == METADATA_KEY), "{}")
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return ""
+    line = facts.get("measured", "") if isinstance(facts, dict) else ""
+    return line if isinstance(line, str) and line.isprintable() else ""
 
 
 def split_images(paths: Sequence[Path], calibrate: int, score: int) -> tuple[list[Path], list[Path]]:

@@ -13,8 +13,8 @@ from fpn_engine.images import to_array
 from fpn_engine.plan import Manifest, read_plan
 from fpn_engine.sources import list_images
 from fpn_export.onnx_file import read_onnx
+from fpn_export.quantization.quantize import read_measured
 from fpn_export.scenes import make_scene
-from fpn_export.tensorrt.quantized_graph import is_quantized
 from fpn_export.verification.comparison import Comparison, Read, compare
 from fpn_export.verification.opening import open_cut, open_plan, open_subject
 from fpn_export.verification.subject import PipelineSubject, Subject, replace_sizes
@@ -37,6 +37,9 @@ class Pictures(NamedTuple):
 def summarize_build(model: Path, plan: Path, folder: Path | None = None) -> str:
     """One line on how far the plan is from what it was built from, run in float32.
 
+    A quantised file says where its numbers are rounded: it is run with its pairs, and what these cost beside float32,
+    as ``fpn-engine quantize`` measured it, is said too.
+
     Args: model: the ONNX file or checkpoint. folder: of images; its first four are taken, at full size. Without, a
         drawn scene at half the usual sides.
     Returns: a line that says so too where the plan does not run on this machine, or cannot be compared.
@@ -45,25 +48,29 @@ def summarize_build(model: Path, plan: Path, folder: Path | None = None) -> str:
     manifest = loaded.manifest
     command = f"fpn-engine verify {shlex.quote(str(model))} {shlex.quote(str(plan))} --images DIR"
     try:
-        if model.suffix == ".onnx" and is_quantized(read_onnx(model)[0]):
-            report = f"what {manifest.precision} costs is in the report of fpn-engine quantize"
-            return f"{report}; beside the float: fpn-engine verify FLOAT.onnx {shlex.quote(str(plan))} --images DIR"
         if not manifest.detector.has_rpn:
             return f"{manifest.precision} was not compared, as proposals are needed: {command} --proposals FILE"
         pictures = _read(folder) if folder else _draw()
         spec = replace_sizes(manifest.detector, pictures.shrink)
         theirs = open_plan(plan.name, loaded, spec=spec)  # first, as it says at once whether it runs here
+        measured = _measured(model)
         comparison = compare(_open_reference(model, pictures.shrink), theirs, pictures.images)
     except FpnEngineError as error:
         reason = str(error).partition(";")[0]
         return f"{manifest.precision} was not compared, since {reason}; where it runs: {command}"
     if not comparison.images:
         return f"{manifest.precision} was not compared, as no image in {folder} can be read: {command}"
-    return _say(comparison, manifest, pictures.what, command)
+    return _say(comparison, manifest, pictures.what, command) + (f"; as quantised: {measured}" if measured else "")
+
+
+def _measured(model: Path) -> str:
+    """What ``fpn-engine quantize`` says of a quantised ONNX file."""
+    return read_measured(read_onnx(model)[0]) if model.suffix == ".onnx" else ""
 
 
 def _say(comparison: Comparison, manifest: Manifest, what: str, command: str) -> str:
-    title = f"{manifest.precision} against {comparison.a.precision} on {what}"
+    same = comparison.a.precision == manifest.precision
+    title = f"{manifest.precision} against {'that of the file' if same else comparison.a.precision} on {what}"
     if not comparison.agrees:
         return f"{title} DEPARTS: {say_verdict(comparison)} More: {command}"
     parts = [_say_part(comparison, "trunk", TRUNK), _say_part(comparison, "box head", (CLASS_LOGITS, BOX_DELTAS))]
