@@ -3,9 +3,9 @@
     python -m benchmarks.quantization CHECKPOINT DATA -o benchmarks/results/quantization.json
 
 DATA is the folder with instances_train.json, instances_test.json and images/. int8 is calibrated on train, with every
-way of finding ranges, and scored on test. The R50 has random weights; both plans take turns on the same images, and a
-second clock counts the processor's time, which other programs on the machine stretch less. ``--only ap`` or
-``--only time`` takes one of the two.
+way of finding ranges, and scored on test; the file of the default is scored as a native plan too. The R50 has random
+weights; plans of both backends take turns on the same images, and a second clock counts the processor's time, which
+other programs on the machine stretch less. ``--only ap`` or ``--only time`` takes one of the two.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ import argparse
 import dataclasses
 import json
 import shlex
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto
 from PIL import Image
 
@@ -31,6 +28,7 @@ from benchmarks.provenance import describe_run
 from fpn_engine.annotations import load_annotations
 from fpn_engine.engine import Engine
 from fpn_engine.plan import Plan, read_plan
+from fpn_engine.ruler import Times, Turn, take_turns
 from fpn_engine.spec import ModelSpec, numbered_categories
 from fpn_export.build import build_plan
 from fpn_export.checkpoint import load_checkpoint
@@ -38,13 +36,18 @@ from fpn_export.onnx_export import export_onnx
 from fpn_export.quantization.calibration import calibrate
 from fpn_export.quantization.layers import Network
 from fpn_export.quantization.pairs import insert_pairs
-from fpn_export.quantization.quantize import split_images
+from fpn_export.quantization.quantize import QuantizeOptions, split_images
 from fpn_export.quantization.ranges import RANGES
 from fpn_export.quantization.scoring import detect, score_agreement, score_ap
 from tests.parity.random_detector import make_picture
 from tests.parity.subject import random_subject
 
-SIZE, ROUNDS, CALIBRATE = (800, 1216), 5, 64
+SIZE, ROUNDS, CALIBRATE = (800, 1216), 7, 64
+RATIOS = (
+    ("onnxruntime int8", "onnxruntime fp32"),
+    ("native int8", "native fp32"),
+    ("native int8", "onnxruntime int8"),
+)
 Row = dict[str, Any]
 
 
@@ -65,23 +68,32 @@ def measure_ap(checkpoint: Path, data: Path) -> Row:
     base = score_ap(exact, test)
     rows: dict[str, Row] = {}
     size = 0
-    for name, find_range in RANGES.items():
-        ranges = {value: find_range(histogram, "int8") for value, histogram in seen.histograms.items()}
-        made = insert_pairs(model, {layer.name for layer in every}, ranges)
-        size = made.ByteSize()
-        found = find(made)
+
+    def describe(found: Any) -> Row:
         ap = score_ap(found, test)
-        rows[name] = {
+        return {
             "AP": round(ap, 4),
             "AP_points_against_fp32": round(100 * (ap - base), 2),
             "agreement": round(score_agreement(found, exact), 4),
         }
+
+    native: Row = {}
+    for name, find_range in RANGES.items():
+        ranges = {value: find_range(histogram, "int8") for value, histogram in seen.histograms.items()}
+        made = insert_pairs(model, {layer.name for layer in every}, ranges)
+        size = made.ByteSize()
+        rows[name] = describe(find(made))
+        if name == QuantizeOptions.ranges:
+            with tempfile.TemporaryDirectory() as folder:
+                engine = _load(_build(made, Path(folder), "native"))
+            native = describe({str(path): engine(path)[0] for path in paths})
     return {
-        "what": "blood-cell test split, R18-FPN, all layers int8 but the last, ONNX Runtime on the CPU",
+        "what": "blood-cell test split, R18-FPN, all layers int8 but the last; by range ONNX Runtime on the CPU",
         "calibrated_on": len(calibrating),
         "scored_on": len(paths),
         "AP_fp32": round(base, 4),
         "ranges": rows,
+        "native": native,
         "file_bytes_fp32": model.ByteSize(),
         "file_bytes_int8": size,
         "file_ratio": round(size / model.ByteSize(), 3),
@@ -101,61 +113,55 @@ def measure_time() -> Row:
         seen = calibrate(model, subject.spec, every, paths)
         ranges = {name: RANGES["percentile"](histogram, "int8") for name, histogram in seen.histograms.items()}
         made = insert_pairs(model, {layer.name for layer in every}, ranges)
-        engines = {name: _build(each, Path(folder), name) for name, each in (("fp32", model), ("int8", made))}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    detections = {}
-    for number in range(ROUNDS + 1):
-        image = make_picture(*SIZE, number)
-        for name, engine in engines.items():
-            spent = _clock(engine, image)
-            detections[name] = spent.found
-            if number:  # the first makes memory
-                seconds[name].append((spent.wall, spent.processor))
-    assert all(detections.values()), "there is nothing to detect"
-    wall, cpu = [_ratios(seconds, i) for i in (0, 1)]
+        plans = {
+            f"{backend} {precision}": _build(each, Path(folder), backend)
+            for precision, each in (("fp32", model), ("int8", made))
+            for backend in ("onnxruntime", "native")
+        }
+    # The weights were made on small pictures; the parts take any size.
+    clocked = {name: Clocked(_load(plan, min_size=800, max_size=1333)) for name, plan in plans.items()}
+    wall = take_turns({name: each.turn for name, each in clocked.items()}, "cpu", rounds=ROUNDS)
+    processor = Times({name: each.seconds[-ROUNDS:] for name, each in clocked.items()})
+    assert all(each.found for each in clocked.values()), "there is nothing to detect"
     return {
-        "what": "R50-FPN, 800x1216, batch 1, 91 classes, random weights, uint8 array to detections, onnxruntime plans",
-        "rounds": ROUNDS,
-        **{
-            f"{name}_seconds": {
-                "wall": round(statistics.median(w for w, _ in spent), 3),
-                "processor": round(statistics.median(c for _, c in spent), 3),
-            }
-            for name, spent in seconds.items()
-        },
-        "median_ratio": wall,
-        "median_ratio_processor": cpu,
+        "what": "R50-FPN, 800x1216, batch 1, 91 classes, random weights, uint8 array to detections",
+        "milliseconds": {name: wall.spread(name).to_dict() for name in clocked},
+        "processor_milliseconds": {name: processor.spread(name).to_dict() for name in clocked},
+        "median_ratio": {f"{name} to {other}": wall.ratio(name, other) for name, other in RATIOS},
+        "median_ratio_processor": {f"{name} to {other}": processor.ratio(name, other) for name, other in RATIOS},
         "file_ratio": round(made.ByteSize() / model.ByteSize(), 3),
     }
 
 
-def _build(model: ModelProto, folder: Path, name: str) -> Engine:
-    path = folder / f"{name}.onnx"
+class Clocked:
+    """An engine's turns on pictures by round; ``seconds`` are the processor's of each, all threads together."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._image = engine, make_picture(*SIZE)
+        self.seconds: list[float] = []
+        self.found = 0
+        self.turn = Turn("wall", self._load, self._run)
+
+    def _load(self, number: int) -> None:
+        self._image = make_picture(*SIZE, number)
+
+    def _run(self) -> None:
+        start = time.process_time()
+        (found,) = self._engine(self._image)
+        self.seconds.append(time.process_time() - start)
+        self.found += len(found)
+
+
+def _build(model: ModelProto, folder: Path, backend: str) -> Plan:
+    path = folder / "model.onnx"
     onnx.save(model, str(path))
-    build_plan(path, path.with_suffix(".plan"), backend="onnxruntime")
-    plan = read_plan(path.with_suffix(".plan"))
-    # The weights were made on small pictures; the parts take any size.
-    spec = dataclasses.replace(plan.manifest.spec, min_size=800, max_size=1333)
+    return read_plan(build_plan(path, path.with_suffix(".plan"), backend=backend, force=True).path)
+
+
+def _load(plan: Plan, **changes: Any) -> Engine:
+    """The plan with fields of its spec changed."""
+    spec = dataclasses.replace(plan.manifest.spec, **changes)
     return Engine.from_plan(Plan(dataclasses.replace(plan.manifest, spec=spec), plan.parts))
-
-
-class Spent(NamedTuple):
-    """Seconds, and how much was found."""
-
-    wall: float
-    processor: float
-    found: int
-
-
-def _clock(engine: Engine, image: NDArray[np.uint8]) -> Spent:
-    wall, processor = time.perf_counter(), time.process_time()
-    (found,) = engine(image)
-    return Spent(time.perf_counter() - wall, time.process_time() - processor, len(found))
-
-
-def _ratios(seconds: dict[str, list[tuple[float, float]]], which: int) -> float:
-    pairs = zip(seconds["int8"], seconds["fp32"], strict=True)
-    return round(statistics.median(a[which] / b[which] for a, b in pairs), 3)
 
 
 def main() -> None:
