@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = ["one_thread"]
 
 GENERATIONS = (10, 11)
 WHEEL = "tensorrt-cu13-bindings"
+KEPT_SECONDS = 7 * 24 * 3600  # after which a newer version may be out
 PIP = (
     "-m",
     "pip",
@@ -66,22 +68,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def fetch_bindings(major: int, folder: Path) -> Path:
-    """The newest bindings of a generation in a folder of their own, kept for the next run; skips where pip gets none.
+    """The newest bindings of a generation in a folder of their own, kept for a week; skips where pip gets none.
 
     They are not among the test requirements: installed beside a real TensorRT they would replace its own.
     """
     place = folder / f"tensorrt-{major}"
     with FileLock(place.with_suffix(".lock")):
-        if not place.exists():
+        if not place.exists() or time.time() - place.stat().st_mtime > KEPT_SECONDS:
             fresh = folder / f"tensorrt-{major}.new"
             shutil.rmtree(fresh, ignore_errors=True)
             wanted = f"{WHEEL}>={major},<{major + 1}"
             command = [sys.executable, *PIP, "--target", str(fresh), wanted]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
+            if done.returncode == 0:
+                shutil.rmtree(place, ignore_errors=True)
+                fresh.rename(place)
+            elif not place.exists():
                 lines = done.stderr.strip().splitlines() or ["no reason given"]
                 pytest.skip(f"pip finds no {wanted}, which the real API is read from: {lines[-1]}")
-            fresh.rename(place)
     return place
 
 

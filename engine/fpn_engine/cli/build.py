@@ -80,7 +80,7 @@ def build(
         Precision | None,
         typer.Option(
             help="Number type of trunk and head; fp32 by default, fp16 on CUDA, int8 of a quantised model. The native "
-            "backend runs fp32, fp16 and bf16; onnxruntime fp32 and int8; tensorrt all of them.",
+            "backend runs fp32, fp16, bf16 and on the CPU int8; onnxruntime fp32 and int8; tensorrt all of them.",
             show_default=False,
         ),
     ] = None,
