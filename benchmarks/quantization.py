@@ -5,7 +5,8 @@
 DATA is the folder with instances_train.json, instances_test.json and images/. int8 is calibrated on train, with every
 way of finding ranges, and scored on test; the file of the default is scored as a native plan too. The R50 has random
 weights; plans of both backends take turns on the same images, and a second clock counts the processor's time, which
-other programs on the machine stretch less. ``--only ap`` or ``--only time`` takes one of the two.
+other programs on the machine stretch less. Where they have the cores, threads wait for each other, and most of all those
+of torch: ``time_one_thread`` is without. ``--only`` takes one measurement.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from onnx import ModelProto
 from PIL import Image
 
@@ -100,8 +102,10 @@ def measure_ap(checkpoint: Path, data: Path) -> Row:
     }
 
 
-def measure_time() -> Row:
-    """Plans of an R50 from uint8 image to detections, in turns."""
+def measure_time(threads: int | None = None) -> Row:
+    """Plans of an R50 from uint8 image to detections, in turns; None is a thread for each core."""
+    if threads:
+        torch.set_num_threads(threads)
     small = ModelSpec(categories=numbered_categories(90), min_size=160, max_size=256)
     subject = random_subject("resnet50", small, representation_size=1024)
     model = subject.onnx_model
@@ -119,7 +123,7 @@ def measure_time() -> Row:
             for backend in ("onnxruntime", "native")
         }
     # The weights were made on small pictures; the parts take any size.
-    clocked = {name: Clocked(_load(plan, min_size=800, max_size=1333)) for name, plan in plans.items()}
+    clocked = {name: Clocked(_load(plan, threads, min_size=800, max_size=1333)) for name, plan in plans.items()}
     wall = take_turns({name: each.turn for name, each in clocked.items()}, "cpu", rounds=ROUNDS)
     processor = Times({name: each.seconds[-ROUNDS:] for name, each in clocked.items()})
     assert all(each.found for each in clocked.values()), "there is nothing to detect"
@@ -158,10 +162,10 @@ def _build(model: ModelProto, folder: Path, backend: str) -> Plan:
     return read_plan(build_plan(path, path.with_suffix(".plan"), backend=backend, force=True).path)
 
 
-def _load(plan: Plan, **changes: Any) -> Engine:
+def _load(plan: Plan, threads: int | None = None, **changes: Any) -> Engine:
     """The plan with fields of its spec changed."""
     spec = dataclasses.replace(plan.manifest.spec, **changes)
-    return Engine.from_plan(Plan(dataclasses.replace(plan.manifest, spec=spec), plan.parts))
+    return Engine.from_plan(Plan(dataclasses.replace(plan.manifest, spec=spec), plan.parts), threads=threads)
 
 
 def main() -> None:
@@ -169,13 +173,14 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--only", choices=("ap", "time"))
+    parser.add_argument("--only", choices=("ap", "time", "time_one_thread"))
     given = parser.parse_args()
     command = ["python", "-m", "benchmarks.quantization", given.checkpoint.name, f"{given.data.name}/"]
     rows = json.loads(given.output.read_text()) if given.output.exists() else []
     measures: dict[str, Callable[[], Row]] = {
         "ap": lambda: measure_ap(given.checkpoint, given.data),
         "time": measure_time,
+        "time_one_thread": lambda: measure_time(1),
     }
     for name, measure in measures.items():
         if given.only in (None, name):

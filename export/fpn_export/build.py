@@ -177,7 +177,7 @@ def _settle(backend: str, precision: str, tune_for: ForCuda | None = None) -> st
 
     Raises: BackendError for what does not go together or is not here.
     """
-    if precision == "fp8" and backend in (AUTO, "onnxruntime"):
+    if precision == "fp8" and backend in CHOICES and backend != "tensorrt":
         raise BackendError("fp8 runs on TensorRT only; add --backend tensorrt")
     precisions = TENSORRT_PRECISIONS if backend == "tensorrt" else PRECISIONS
     for what, given, known in (("backend", backend, CHOICES), ("precision", precision, precisions)):

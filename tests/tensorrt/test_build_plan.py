@@ -17,7 +17,7 @@ import fpn_export.tensorrt.parts as build_parts
 from fpn_engine.backends.loading import load_parts
 from fpn_engine.backends.tensorrt.bindings import load_bindings
 from fpn_engine.cli.app import app
-from fpn_engine.errors import BackendError
+from fpn_engine.errors import BackendError, ModelError
 from fpn_engine.plan import read_plan, rebuild_hint
 from fpn_export.build import build_plan
 from fpn_export.tensorrt.builder import BuildOptions
@@ -118,6 +118,8 @@ def test_without_tensorrt(on_the_cpu: None, model: Path, monkeypatch: pytest.Mon
     load_bindings.cache_clear()
     with pytest.raises(BackendError, match="TensorRT is not installed; install it with"):
         build_plan(model, model.with_suffix(".plan"), backend="tensorrt")
-    for precision in ("int8", "fp8"):
-        with pytest.raises(BackendError, match=f"there is no precision '{precision}'"):
-            build_plan(model, model.with_suffix(".plan"), backend="native", precision=precision)
+    for backend in ("native", "onnxruntime", "auto"):
+        with pytest.raises(BackendError, match="fp8 runs on TensorRT only; add --backend tensorrt"):
+            build_plan(model, model.with_suffix(".plan"), backend=backend, precision="fp8")
+        with pytest.raises(ModelError, match="the model is not quantised, which --precision int8 needs"):
+            build_plan(model, model.with_suffix(".plan"), backend=backend, precision="int8")
