@@ -5,7 +5,7 @@
 DATA is the folder with instances_train.json, instances_test.json and images/. int8 is calibrated on train, with every
 way of finding ranges, and scored on test; the file of the default is scored as a native plan too. The R50 has random
 weights; plans of both backends take turns on the same images, and a second clock counts the processor's time, which
-other programs on the machine stretch less. Where they have the cores, threads wait for each other, and most of all those
+other programs on the machine stretch less. Where these have the cores, threads wait for each other, most of all those
 of torch: ``time_one_thread`` is without. ``--only`` takes one measurement.
 """
 
@@ -85,7 +85,7 @@ def measure_ap(checkpoint: Path, data: Path) -> Row:
         made = insert_pairs(model, {layer.name for layer in every}, ranges)
         size = made.ByteSize()
         rows[name] = describe(find(made))
-        if name == QuantizeOptions.ranges:
+        if name == QuantizeOptions().ranges:
             with tempfile.TemporaryDirectory() as folder:
                 engine = _load(_build(made, Path(folder), "native"))
             native = describe({str(path): engine(path)[0] for path in paths})
