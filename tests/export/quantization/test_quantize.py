@@ -14,7 +14,7 @@ from PIL import Image
 
 from fpn_engine.annotations import load_annotations
 from fpn_engine.engine import Engine
-from fpn_engine.errors import ImageError, ModelError, OptionError
+from fpn_engine.errors import BackendError, ImageError, ModelError, OptionError
 from fpn_engine.ground_truth import CocoGroundTruth
 from fpn_engine.plan import read_plan
 from fpn_engine.sources import list_images
@@ -25,11 +25,18 @@ from fpn_export.quantization.calibration import calibrate, make_engine
 from fpn_export.quantization.chart import draw
 from fpn_export.quantization.layers import Network
 from fpn_export.quantization.pairs import insert_pairs
-from fpn_export.quantization.quantize import METADATA_KEY, QuantizeOptions, quantize_model, split_images
+from fpn_export.quantization.quantize import (
+    METADATA_KEY,
+    QuantizeOptions,
+    quantize_model,
+    read_measured,
+    split_images,
+)
 from fpn_export.quantization.ranges import RANGES
 from fpn_export.quantization.report import LayerRow, Report
 from fpn_export.quantization.scoring import score_agreement, score_ap
 from fpn_export.quantization.sensitivity import Sensitivity
+from tests.contest import settle_contest
 from tests.export.quantization.conftest import SPEC
 
 QUICK = QuantizeOptions(calibrate=3, score=2, sensitivity=1, tolerance=None)
@@ -170,7 +177,6 @@ def test_a_float_model_is_not_built_in_8_bits(
     [
         ({"precision": "fp32"}, "does not go with fp32"),
         ({"precision": "bf16"}, "does not go with bf16"),
-        ({"backend": "native"}, "QuantizeLinear.*--backend onnxruntime"),
     ],
 )
 def test_a_quantised_model_is_built_as_it_is(
@@ -184,6 +190,43 @@ def test_a_quantised_model_is_built_as_it_is(
     onnx.save(quantized[0], str(tmp_path / "model.onnx"))
     with pytest.raises(ModelError, match=sentence):
         build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", **options)
+
+
+@pytest.mark.parametrize("winner", ["onnxruntime", "native"])
+def test_the_faster_backend_is_taken(
+    quantized: tuple[ModelProto, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winner: str
+) -> None:
+    monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fpn_engine.backends.native.loading.has_int8_products", lambda: True)
+    monkeypatch.setattr("fpn_export.build.NativeTrunk", lambda program, weights, spec: None)  # a contest runs it
+    settle_contest(monkeypatch, winner)
+    onnx.save(quantized[0], str(tmp_path / "model.onnx"))
+    built = build_plan(tmp_path / "model.onnx", tmp_path / "model.plan")
+    assert (built.manifest.backend, built.manifest.precision) == (winner, "int8")
+
+
+def test_without_int8_products_onnxruntime_is_taken(
+    quantized: tuple[ModelProto, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fpn_engine.backends.native.loading.has_int8_products", lambda: False)
+    onnx.save(quantized[0], str(tmp_path / "model.onnx"))
+    notes: list[str] = []
+    built = build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", on_note=notes.append)
+    assert built.manifest.backend == "onnxruntime"
+    assert "no VNNI" in notes[0]
+    with pytest.raises(BackendError, match=r"no VNNI.*build with --backend onnxruntime"):
+        build_plan(tmp_path / "model.onnx", tmp_path / "other.plan", backend="native")
+
+
+def test_the_file_says_what_it_cost(quantized: tuple[ModelProto, Report], model: ModelProto) -> None:
+    assert read_measured(quantized[0]) == quantized[1].summary()
+    assert read_measured(model) == ""
+    for text in ("no JSON", "[]", '{"measured": 3}', '{"measured": "two\\nlines"}'):
+        foreign = ModelProto()
+        foreign.CopyFrom(model)
+        foreign.metadata_props.add(key=METADATA_KEY, value=text)
+        assert read_measured(foreign) == ""
 
 
 def test_twice_is_refused(quantized: tuple[ModelProto, Report], photographs: Path) -> None:
