@@ -8,6 +8,7 @@ from fpn_engine.backends.native.costs import Cost, count_costs
 from fpn_engine.backends.native.ops import Add, Conv, Linear, MaxPool
 from fpn_engine.backends.native.packing import unpack_part
 from fpn_engine.backends.native.program import Program
+from fpn_engine.backends.native.quantized import Dequantize, Quantize, QuantizedConv
 from fpn_engine.batching import Batch
 from fpn_engine.floors import count_floors, has_floors
 from fpn_engine.roofline import Peaks
@@ -63,6 +64,26 @@ def test_by_hand() -> None:
     ]
     rows = Program(input="x", ops=(Linear(inputs=("x",), output="y", weight="w"),), outputs=("y",))
     assert list(count_costs(rows, (5, 7), {"w": (3, 7)})) == [Cost(5 * 3 * 7, 4 * (35 + 15 + 21))]
+
+
+def test_8_bits_by_hand() -> None:
+    """A byte for each number that is stored or handed on in 8 bits, four for scales and biases."""
+    program = Program(
+        input="x",
+        ops=(
+            Quantize(inputs=("x",), output="q", step=1.0),
+            QuantizedConv(inputs=("q",), output="c", weight="w", scale="s", bias="b", step=1.0),
+            Dequantize(inputs=("c",), output="y"),
+        ),
+        outputs=("y",),
+    )
+    weights = {"w": (5, 1, 1, 4), "s": (5,), "b": (5,)}
+    cells = 6 * 8
+    assert list(count_costs(program, (1, 6, 8, 4), weights)) == [
+        Cost(0, 0),
+        Cost(cells * 20, cells * (4 + 5) + 20 + 4 * 10),
+        Cost(0, 0),
+    ]
 
 
 def test_floors_of_stages(subject: Subject) -> None:

@@ -9,9 +9,11 @@ from typing import NamedTuple
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.ops import AveragePool, Conv, GlobalAveragePool, Linear, MaxPool, Op
 from fpn_engine.backends.native.program import Program
+from fpn_engine.backends.native.quantized import QuantizedConv, QuantizedLinear
 from fpn_engine.backends.native.shapes import Shape, Shapes, infer_shapes
 
-READ_AND_WRITTEN = (Conv, Linear, MaxPool, AveragePool, GlobalAveragePool)
+LAYERS = (Conv, Linear, QuantizedConv, QuantizedLinear)
+READ_AND_WRITTEN = (*LAYERS, MaxPool, AveragePool, GlobalAveragePool)
 
 
 class Cost(NamedTuple):
@@ -34,8 +36,8 @@ def count_costs(program: Program, shape: Shape, weights: Shapes) -> Iterator[Cos
     dtypes, seen = program.dtypes(), set[str]()
     sizes = {name: math.prod(sides) * DTYPES[dtypes[name]].itemsize for name, sides in shapes.items()}
     for op in program.ops:
-        itemsize = DTYPES[dtypes[op.inputs[0]]].itemsize
-        moved = sum(itemsize * math.prod(weights[name]) for name in op.weights if name not in seen)
+        tensors = {name: kind for name, kind in op.tensor_dtypes(dtypes[op.inputs[0]]).items() if name not in seen}
+        moved = sum(DTYPES[kind].itemsize * math.prod(weights[name]) for name, kind in tensors.items())
         seen.update(op.weights)
         if isinstance(op, READ_AND_WRITTEN):
             moved += sum(sizes[name] for name in (*op.inputs, op.output))
@@ -45,6 +47,6 @@ def count_costs(program: Program, shape: Shape, weights: Shapes) -> Iterator[Cos
 
 
 def _count_macs(op: Op, shapes: Shapes, weights: Shapes) -> int:
-    if isinstance(op, Conv | Linear):  # weights are (O, kH, kW, C / groups) and (O, F)
+    if isinstance(op, LAYERS):  # weights are (O, kH, kW, C / groups) and (O, F)
         return math.prod(shapes[op.output]) * math.prod(weights[op.weight][1:])
     return 0

@@ -211,8 +211,9 @@ def _fit_channels(op: Op, channels: int, weights: Shapes) -> None:
         _fit_vector(name, channels, weights)
 
 
-def _fit_vector(name: str, length: int, weights: Shapes) -> None:
-    _require(weights[name] == (length,), f"{name} has the shape {weights[name]}, not ({length},)")
+def _fit_vector(name: str | None, length: int, weights: Shapes) -> None:
+    if name is not None:
+        _require(weights[name] == (length,), f"{name} has the shape {weights[name]}, not ({length},)")
 
 
 def _fit_upsampled(shape: Shape, coarse: Shape, scale: Pair) -> None:
