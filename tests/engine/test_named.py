@@ -9,11 +9,11 @@ import pytest
 from torchvision.models import get_model_weights
 
 from fpn_engine.errors import FpnEngineError
-from fpn_engine.named import BUNDLED, MODELS, NamedModel, checkpoint_places, download_url, find_model
+from fpn_engine.named import MODELS, NamedModel, checkpoint_places, download_url, find_model
 from fpn_export.published import PUBLISHED
 
 COCO = find_model("coco")
-PUBLISHED_MODELS = [model for model in MODELS if model.name != BUNDLED]
+PUBLISHED_MODELS = [model for model in MODELS if model.file_name]
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +52,12 @@ def test_published_files_are_those_of_torchvision(model: NamedModel) -> None:
 def test_well_known_models_that_are_not_supported(name: str, reason: str) -> None:
     with pytest.raises(FpnEngineError, match=f"the model {name} is not supported: {reason}") as caught:
         find_model(name)
-    assert str(caught.value).endswith("; there are demo, coco, coco-mask, coco-person")
+    assert str(caught.value).endswith("; there are demo, scene-masks, coco, coco-mask, coco-person")
 
 
 @pytest.mark.parametrize("name", ["", "cat", "COCO"])
 def test_unknown_names(name: str) -> None:
-    with pytest.raises(FpnEngineError, match=f"there is no model named '{name}'; there are demo, coco, coco-mask"):
+    with pytest.raises(FpnEngineError, match=f"there is no model named '{name}'; there are demo, scene-masks, coco, "):
         find_model(name)
 
 
