@@ -12,29 +12,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from benchmarks.contest import Contest
-from benchmarks.mask_proposals import evaluate_densely
+from benchmarks.mask_proposals import TOLERANCE, compare, evaluate_densely, make_plan
 from benchmarks.ours import list_ours, make_eager_parts
 from benchmarks.scene import QUICK_SIZE, SIZE, Scene
 from benchmarks.suite import Case, Effort, Measured, NotHereError, RunCase, Suite, run_suite
 from benchmarks.timing import describe_times, time_in_turns
-from fpn_engine.masks.pipeline import MaskTrunkOutput, PaddedMasks
 from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.spec import numbered_categories
-from fpn_export.batch_norm import fold_batch_norm
 from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.variants import make_variant
 from tests.export.random_system import REPRESENTATION_SIZE, make_random_system
 from tests.parity.subject import Subject
 from tests.parity.torchvision_oracle import Found
 
-VARIANT, MASK_ERROR = "dual", 1e-4  # as benchmarks.mask_proposals has it by default
+VARIANT = "dual"  # as benchmarks.mask_proposals has it by default
 PYTORCH = "fpn-engine, PyTorch's parts fp32"
 C4 = "R50-C4, {}x{}, batch 1"
 MASKS = "R50-FPN masks, {}x{}, batch 1"
@@ -83,25 +80,19 @@ def measure_c4(effort: Effort) -> Iterator[Measured]:
 
 @torch.no_grad()
 def measure_masks(effort: Effort) -> Iterator[Measured]:
-    """Masks at the winners alone, beside all of them, which have to be the same there. From a normalised image."""
+    """The CPU plan beside the fully convolutional model, which has to give the same. From a normalised image."""
     if effort.device.type == "cuda":
         raise NotHereError("the mask model has been measured on a CPU only")
     torch.manual_seed(0)
     spec = MaskSpec(arch="resnet18" if effort.quick else "resnet50")
-    model = fold_batch_norm(FpnMasks(make_variant(spec, VARIANT)))
+    model = FpnMasks(make_variant(spec, VARIANT)).eval()
+    plan = make_plan(model)
     size = QUICK_SIZE if effort.quick else SIZE
-
-    def find(image: Tensor) -> PaddedMasks:
-        levels = model.pyramid(image)
-        return model.pipeline.propose(MaskTrunkOutput(levels, model.score(levels)))
-
-    def find_densely(image: Tensor) -> PaddedMasks:
-        return evaluate_densely(model, model.pyramid(image))
-
     inputs = [[torch.randn(1, 3, *size)] for _ in range(2)]
-    error = (find(*inputs[0]).masks - find_densely(*inputs[0]).masks).abs().max().item()
-    assert error <= MASK_ERROR, f"masks at the winners differ by {error:.2g}"
-    contestants = {PYTORCH: find, "fully convolutional fp32": find_densely}
+    differences = compare(model, plan, inputs[0][0])
+    error = max(differences["scores"], differences["masks"])
+    assert error <= TOLERANCE, f"scores or masks differ by {error:.2g}"
+    contestants = {"fpn-engine, native fp32": plan, "fully convolutional fp32": partial(evaluate_densely, model)}
     times, turns = time_in_turns(contestants, inputs, rounds=effort.rounds, seconds=effort.seconds)
     row = {"variant": VARIANT, "largest_error": float(f"{error:.2g}"), "contestants": describe_times(times, turns)}
     yield Measured.of({**row, "complete": True}, times)
