@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fpn_engine.backends.native.cpu_quantized as cpu_quantized
 import fpn_engine.backends.native.loading as loading
 from fpn_engine.backends.native.cpu import make_run
 from fpn_engine.backends.native.cpu_quantized import has_int8_products, largest_of_windows, make_quantized_run
@@ -147,8 +148,9 @@ def test_rounding_is_half_to_even_and_cut_off() -> None:
     assert back.tolist() == [[0.5 * number for number in expected]]
 
 
-def test_conversions_of_many_numbers() -> None:
+def test_conversions_of_many_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than go through at once, a number that is no multiple of it, and an order that is not dense."""
+    monkeypatch.setattr(cpu_quantized, "CHUNK", 1 << 17)
     x = torch.randn(3, 700, 401, generator=generator()).transpose(1, 2) * 3
     out = torch.empty(x.shape, dtype=torch.uint8)
     q = make_quantized_run(Quantize(inputs=("x",), output="q", step=0.037), {}, {})([x], out)

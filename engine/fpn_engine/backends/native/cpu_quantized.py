@@ -33,7 +33,9 @@ from fpn_engine.backends.native.quantized import (
     QuantizedLinear,
 )
 
-CHUNK = 1 << 17  # numbers that go through all steps of a conversion while the cache has them
+# Numbers that go through all steps of a conversion at once. Behind each step threads wait for one another, where other
+# programs have the cores for milliseconds: a cache's worth at a time is 100 waits for p2, and no faster than this.
+CHUNK = 1 << 22
 PROBE_CHANNELS = 64
 Steps = Mapping[str, float]
 
