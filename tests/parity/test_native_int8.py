@@ -37,7 +37,6 @@ __all__ = ["one_thread"]
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this processor or torch has no int8 products")
 WITH_RPN = [name for name, (model, _) in SYSTEMS.items() if model != "fast_rcnn"]
 AS_GOOD = 1.15  # times the error of ONNX Runtime's int8, which rounds operands of additions once more
-CALIBRATE = 64
 
 
 def quantize(model: ModelProto, spec: ModelSpec, paths: list[Path]) -> ModelProto:
@@ -113,13 +112,14 @@ def test_an_image_alone_is_what_it_is_in_a_batch(files: list[Path]) -> None:
 def test_the_average_precision_is_kept(
     bccd: Subject, photographs: dict[int, Pixels], bccd_truth: CocoGroundTruth, shared_dir: Path
 ) -> None:
-    """On all test photographs, calibrated on training ones; files and plan a quarter as large."""
+    """On all test photographs; the plan is a quarter as large.
+
+    Calibrated on every training photograph: 64 of them move AP by some tenths of a point, in ONNX Runtime too.
+    """
     assert len(photographs) == 72
     data = shared_dir / "data" / "bccd"
     train = load_annotations(data / "instances_train.json").images
-    every = len(train) // CALIBRATE
-    paths = [data / "images" / image.file_name for image in train[::every][:CALIBRATE]]
-    made = quantize(bccd.onnx_model, bccd.spec, paths)
+    made = quantize(bccd.onnx_model, bccd.spec, [data / "images" / image.file_name for image in train])
     plan = build_model(made, "native", "int8")
     sizes = [sum(part.size for part in each.manifest.parts.values()) for each in (plan, bccd.native_plan)]
     assert sizes[0] < 0.27 * sizes[1]
