@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpn_engine.backends.native.cpu import DTYPES
-from fpn_engine.backends.native.executor import CpuExecutor
 from fpn_engine.backends.native.loading import check_native
 from fpn_engine.backends.native.ops import NONE, RELU, Linear, WindowScore
 from fpn_engine.backends.native.packing import unpack_part
-from fpn_engine.backends.native.parts import PROBE_SIDE, Executor, MakeExecutor, check_float32, check_outputs
+from fpn_engine.backends.native.parts import (
+    PROBE_SIDE,
+    Executor,
+    MakeExecutor,
+    check_float32,
+    check_outputs,
+    make_trunk_executor,
+)
 from fpn_engine.backends.native.program import Program
 from fpn_engine.errors import PlanError
 from fpn_engine.masks.pipeline import MaskTrunkOutput
@@ -47,12 +52,7 @@ class NativeMaskTrunk:
         expected = [spec.feature_channels] * self._levels + scores
         check_outputs(program, weights, (1, PROBE_SIDE, PROBE_SIDE, 3), expected)
         check_float32(program, self._levels)
-        self.input_dtype = torch.float32
-        if make_executor is None:
-            self.executor = CpuExecutor(program, weights, threads=threads)
-        else:
-            self.executor = make_executor(program, weights)
-            self.input_dtype = DTYPES[program.input_dtype]
+        self.executor, self.input_dtype = make_trunk_executor(program, weights, threads, make_executor)
 
     def __call__(self, images: Tensor, /) -> MaskTrunkOutput:
         maps = self.executor(images.permute(0, 2, 3, 1))

@@ -35,6 +35,15 @@ class Executor(Protocol):
 MakeExecutor = Callable[[Program, Mapping[str, Tensor]], Executor]
 
 
+def make_trunk_executor(
+    program: Program, weights: Mapping[str, Tensor], threads: int | None, make_executor: MakeExecutor | None
+) -> tuple[Executor, torch.dtype]:
+    """A trunk's executor and the number type of its images: float32 on the CPU, elsewhere the program's."""
+    if make_executor is None:
+        return CpuExecutor(program, weights, threads=threads), torch.float32
+    return make_executor(program, weights), DTYPES[program.input_dtype]
+
+
 class NativeTrunk:
     """The trunk: (N, 3, H, W) images to maps in the order features, objectness, deltas, all channels_last.
 
@@ -59,12 +68,7 @@ class NativeTrunk:
         expected += [spec.num_anchors] * self._levels + [4 * spec.num_anchors] * self._levels
         check_outputs(program, weights, (1, PROBE_SIDE, PROBE_SIDE, 3), expected)
         check_float32(program, features)
-        self.input_dtype = torch.float32
-        if make_executor is None:
-            self.executor = CpuExecutor(program, weights, threads=threads)
-        else:
-            self.executor = make_executor(program, weights)
-            self.input_dtype = DTYPES[program.input_dtype]
+        self.executor, self.input_dtype = make_trunk_executor(program, weights, threads, make_executor)
 
     def __call__(self, images: Tensor, /) -> TrunkOutput:
         maps = tuple(level.permute(0, 3, 1, 2) for level in self.executor(images.permute(0, 2, 3, 1)))
