@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -80,11 +82,17 @@ def load(scene: Scene, backend: str, precision: str) -> tuple[Trunk, BoxHead | N
 
 
 def why_not(device: str, backend: str, precision: str) -> str:
-    """What a build would not say by itself."""
-    if device == "cpu" and backend == "tensorrt":
-        return "needs an NVIDIA GPU and TensorRT"
-    if device == "cpu" and precision == "fp16":
-        return "a CPU computes fp16 in float32, so that its time says nothing"
+    """What a build would not say by itself, or only after it has quantised the model."""
+    if device == "cpu":
+        if backend == "tensorrt":
+            return "needs an NVIDIA GPU and TensorRT"
+        return "a CPU computes fp16 in float32, so that its time says nothing" if precision == "fp16" else ""
+    if backend == "tensorrt" and find_spec("tensorrt") is None:
+        return "TensorRT is not installed"
+    if backend == "onnxruntime" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this ONNX Runtime has no CUDA provider"
+    if backend == "native" and precision in QUANTIZED:
+        return "quantised models run on a GPU by TensorRT"
     return ""
 
 
