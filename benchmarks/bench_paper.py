@@ -11,16 +11,17 @@ torchvision has no C4 detector; what is found is compared with PyTorch's own mod
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from benchmarks.contest import Contest
 from benchmarks.mask_proposals import TOLERANCE, compare, evaluate_densely, make_plan
 from benchmarks.ours import list_ours, make_eager_parts
-from benchmarks.scene import QUICK_SIZE, SIZE, Scene
+from benchmarks.scene import QUICK_SIZE, SIZE, Contestant, Scene
 from benchmarks.suite import Case, Effort, Measured, NotHereError, RunCase, Suite, run_suite
 from benchmarks.timing import describe_times, time_in_turns
 from fpn_engine.masks.spec import MaskSpec
@@ -57,8 +58,18 @@ class SystemScene(Scene):
 
     @cached_property
     def expected(self) -> dict[int, Found]:
-        found = make_eager_parts(self).detect(0)
+        found = self._eager.detect(0)
         return {row: found[row] for row in sorted({0, self.batch - 1})}
+
+    @cached_property
+    def expected_maps(self) -> dict[int, Sequence[Tensor]]:
+        assert self._eager.maps is not None
+        maps = self._eager.maps()
+        return {row: [level[row : row + 1].float() for level in maps] for row in self.expected}
+
+    @cached_property
+    def _eager(self) -> Contestant:
+        return make_eager_parts(self)
 
 
 def list_cases(effort: Effort) -> list[Case]:

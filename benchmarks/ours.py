@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from fpn_export.native.tactics import TuneFor
 from fpn_export.ort_cuda_parts import ProviderOptions
 from fpn_export.tensorrt.builder import BuildOptions
 from fpn_export.tensorrt.profiles import Batches
+from fpn_kernels import PackedImages, pack_images
 from tests.parity.subject import Subject
 from tests.parity.torchvision_oracle import Found
 
@@ -145,9 +147,11 @@ def make_eager_parts(scene: Scene, precision: str = "fp32") -> Contestant:
 def run_pipeline(scene: Scene, trunk: Trunk, head: BoxHead | None, precision: str) -> Contestant:
     """Our pipeline around a trunk and a head: a captured graph on CUDA, operation by operation on the CPU."""
     pipeline = Pipeline(scene.spec, trunk, head, scene.device)
+    maps = partial(compute_maps, scene, pipeline)
     if scene.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # to build a plan is not to run it
-        return replay_captured(scene, make_cuda_runner(pipeline, batch_size=scene.batch), precision)
+        captured = replay_captured(scene, make_cuda_runner(pipeline, batch_size=scene.batch), precision)
+        return replace(captured, maps=maps)
     groups, task = make_groups(scene)
     eager, at = EagerRunner(pipeline), [0]
 
@@ -161,7 +165,16 @@ def run_pipeline(scene: Scene, trunk: Trunk, head: BoxHead | None, precision: st
         load(number)
         return _trim_all(run(), scene)
 
-    return Contestant(turn=Turn("call", load, run), detect=detect, precision=precision)
+    return Contestant(turn=Turn("call", load, run), detect=detect, precision=precision, maps=maps)
+
+
+def compute_maps(scene: Scene, pipeline: Pipeline) -> Sequence[Tensor]:
+    """The feature pyramid of the first set."""
+    packed = pack_images([torch.from_numpy(image) for image in scene.images[0]])
+    given = PackedImages(*(part.to(scene.device) for part in packed))
+    image_sizes = torch.tensor([scene.size] * scene.batch, device=scene.device)
+    with torch.inference_mode():
+        return pipeline.trunk(pipeline.preprocess(given, image_sizes, scene.size)).features
 
 
 def replay_captured(scene: Scene, runner: CapturedRunner, precision: str) -> Contestant:

@@ -74,19 +74,26 @@ def make_torchvision(
     def load(number: int) -> None:
         at[0] = number % ROTATING
 
+    @contextmanager
+    def running() -> Iterator[list[Tensor]]:
+        autocast = torch.autocast(scene.device.type, HALF.get(precision), enabled=precision != "fp32")
+        with cudnn_that_measures(), torch.inference_mode(), autocast:
+            yield [image.permute(2, 0, 1).float() / 255 for image in sets[at[0]]]
+
     def run() -> list[dict[str, Tensor]]:
-        with (
-            cudnn_that_measures(),
-            torch.inference_mode(),
-            torch.autocast(scene.device.type, HALF.get(precision), enabled=precision != "fp32"),
-        ):
-            return model([image.permute(2, 0, 1).float() / 255 for image in sets[at[0]]])
+        with running() as images:
+            return model(images)
 
     def detect(number: int) -> list[Found]:
         load(number)
         return [as_found(found) for found in run()]
 
-    return Contestant(turn=Turn("call", load, run), detect=detect, precision=precision)
+    def maps() -> list[Tensor]:
+        load(0)
+        with running() as images:
+            return list(model.backbone(model.transform(images)[0].tensors).values())
+
+    return Contestant(turn=Turn("call", load, run), detect=detect, precision=precision, maps=maps)
 
 
 @contextmanager

@@ -129,10 +129,23 @@ def test_wrong_results_are_not_timed(scene: Scene) -> None:
 
     with pytest.raises(AssertionError, match="torchvision does not find"):
         check(scene, moved(1.0))
-    low = check(scene, dataclasses.replace(moved(1.0), precision="bf16"))
+    low = check(scene, dataclasses.replace(moved(1.0), precision="bf16", maps=None))
     assert low["share_with_twins"] >= 0.9, "that much is within the bounds of a lower precision"
     with pytest.raises(AssertionError, match="have a twin"):
-        check(scene, dataclasses.replace(moved(30.0), precision="bf16"))
+        check(scene, dataclasses.replace(moved(30.0), precision="bf16", maps=None))
+
+
+@pytest.mark.parametrize(("scale", "is_right"), [(1.01, True), (1.5, False), (float("nan"), False)])
+def test_maps_tell_right_from_wrong_where_detections_do_not(scene: Scene, scale: float, is_right: bool) -> None:
+    right = make_eager_parts(scene)
+    assert right.maps is not None
+    maps = [level * scale for level in right.maps()]
+    other = dataclasses.replace(right, precision="bf16", maps=lambda: maps)
+    if is_right:
+        assert check(scene, other)["relative_error_of_maps"] == pytest.approx(0.01, rel=0.1)
+    else:
+        with pytest.raises(AssertionError, match="feature maps are off"):
+            check(scene, other)
 
 
 class PromptTransport(DeferredTransport):
