@@ -46,7 +46,7 @@ PYTHON
 declare -A tests=([kernels]=tests/kernels [runtime]=tests/engine/runtime [native]=tests/engine/native/cuda)
 declare -A running=()
 for name in "${!tests[@]}"; do
-    timeout -s INT -k 10 "$smoke" "$python" -m pytest -m gpu -x -q -p no:cacheprovider "${tests[$name]}" \
+    timeout -s INT -k 10 "$smoke" "$python" -m pytest -m gpu -q -p no:cacheprovider "${tests[$name]}" \
         > "$out/tests-$name.log" 2>&1 &
     running[$name]=$!
 done

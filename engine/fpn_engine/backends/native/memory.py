@@ -40,7 +40,9 @@ class _Buffer:
     inside: bool
 
 
-def plan_memory(program: Program, sizes: Mapping[str, int], outside: Collection[str] = ()) -> MemoryPlan:
+def plan_memory(
+    program: Program, sizes: Mapping[str, int], outside: Collection[str] = (), fork: int | None = None
+) -> MemoryPlan:
     """Place the values of a program in one arena.
 
     The largest buffer is placed first, each at the lowest offset where it meets no buffer that is alive with it
@@ -50,6 +52,8 @@ def plan_memory(program: Program, sizes: Mapping[str, int], outside: Collection[
         sizes: bytes of every value.
         outside: values that live elsewhere, in tensors that their operations make, and so overwrite nothing. The
             program's input and outputs always live elsewhere, which is why they outlast a run.
+        fork: the operation from which on they are in no order: what one of them needs is alive during all of them, and
+            nothing is overwritten.
     """
     last_read = {name: i for i, op in enumerate(program.ops) for name in op.inputs}
     kept = {program.input, *program.outputs}
@@ -58,7 +62,7 @@ def plan_memory(program: Program, sizes: Mapping[str, int], outside: Collection[
     in_place: dict[str, int] = {}
     for i, op in enumerate(program.ops):
         shared = 0 if op.VIEW else None
-        if not op.VIEW and op.output not in outside:
+        if not op.VIEW and op.output not in outside and (fork is None or i < fork):
             shared = _overwritten(op, i, names, buffers, sizes, _kept(names, kept))
         end = last_read.get(op.output, i)
         inside = op.output not in kept and op.output not in outside
@@ -73,6 +77,10 @@ def plan_memory(program: Program, sizes: Mapping[str, int], outside: Collection[
         if not op.VIEW:
             in_place[op.output] = shared
     arena = {name: buffer for name, buffer in buffers.items() if buffer.inside}
+    if fork is not None:
+        for buffer in arena.values():
+            if buffer.end >= fork:
+                buffer.start, buffer.end = min(buffer.start, fork), len(program.ops) - 1
     offsets = _place(arena)
     return MemoryPlan(
         buffers=names,

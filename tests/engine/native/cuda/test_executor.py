@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
+from fpn_engine.backends.native.branches import Branches
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cuda import executor as executor_module
 from fpn_engine.backends.native.cuda.choices import Choices
@@ -189,7 +192,7 @@ def test_memory_is_planned_and_reported() -> None:
     executor = make_executor(FLOAT16)
     memory = executor.plan((2, 16, 24, 3))
     assert memory.arena_bytes < memory.total_bytes
-    assert memory.in_place.get("gated") == 0
+    assert memory.in_place.get("c2") == 1
     assert "stem" in memory.offsets
     assert not {"p2", "both", "heads", "logits"} & set(memory.offsets), "outputs outlast the call"
 
@@ -203,6 +206,37 @@ def test_what_makes_its_output_overwrites_nothing() -> None:
     assert not {"stem", "a", "c2"} & set(memory.offsets)
     assert "c2" not in memory.in_place
     assert "c2" in make_executor(BFLOAT16, Triton).plan((2, 16, 24, 3)).in_place or "c1" in memory.offsets
+
+
+def pyramid() -> Program:
+    """Two levels that go on by themselves; the small one's outputs, in the arena and not, are aside."""
+    ops: list[Op] = [
+        Conv(inputs=("x",), output="c2", weight="w", bias="b", padding=SAME, activation=RELU),
+        MaxPool(inputs=("c2",), output="c3", kernel=(2, 2), stride=(2, 2)),
+        Conv(inputs=("c3",), output="m3", weight="u", bias="b"),
+        Conv(inputs=("c2", "m3"), output="p2", weight="u", bias="b", upsample=(2, 2)),
+        Conv(inputs=("m3",), output="p3", weight="v", padding=SAME),
+        Conv(inputs=("p2",), output="r2", weight="v", padding=SAME, activation=RELU),
+        Conv(inputs=("p3",), output="r3", weight="v", padding=SAME, activation=RELU),
+        Conv(inputs=("r2",), output="o2", weight="u", bias="b"),
+        Conv(inputs=("r3",), output="o3", weight="u", bias="b"),
+    ]
+    return Program(input="x", ops=tuple(ops), outputs=("p2", "p3", "o2", "o3"))
+
+
+@pytest.mark.parametrize("aside_first", [True, False])
+def test_branches_may_run_in_any_order(aside_first: bool) -> None:
+    shape = (2, 16, 24, 3)
+    program, weights = pyramid(), make_weights(FLOAT32)
+    expected = CpuExecutor(program, weights)(make_input())
+    executor = CudaExecutor(program, weights, Plain(gpu()), DEVICE)
+    assert_same(executor(make_input().to(DEVICE)), expected, FLOAT32)
+    prepared = executor._prepared[shape]
+    assert prepared.branches == Branches(3, frozenset({4, 6, 8}))
+    order = sorted(range(3, 9), key=lambda i: (i in prepared.branches.aside) != aside_first)
+    steps = [prepared.steps[i] for i in (0, 1, 2, *order)]
+    executor._prepared[shape] = dataclasses.replace(prepared, steps=steps, branches=Branches(3, frozenset()))
+    assert_same(executor(make_input().to(DEVICE)), expected, FLOAT32)
 
 
 def test_shapes_and_threads() -> None:
@@ -238,10 +272,11 @@ def test_what_a_graph_reads_outlives_the_shape(dtype: str, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("make", [every_op, lambda dtype: pyramid()])
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
-def test_capturable(dtype: str) -> None:
+def test_capturable(dtype: str, make: Callable[[str], Program]) -> None:
     """No word to the host; one graph for all values, its addresses its own although other shapes came between."""
-    executor = make_executor(dtype)
+    executor = CudaExecutor(make(dtype), make_weights(dtype), Plain(gpu()), DEVICE)
     given, other = make_input().to(DEVICE), make_input(seed=5).to(DEVICE)
     expected = [executor(x) for x in (given, other)]
     torch.cuda.synchronize()

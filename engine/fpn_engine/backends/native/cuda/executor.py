@@ -3,6 +3,9 @@
 One call takes one arena from torch's allocator, and its outputs beside it. In a captured graph these come from the
 graph's pool, so that all addresses are fixed there and live as long as the graph; outside they go back to the stream
 that used them. So several threads and streams may call at once, and a larger shape moves nothing under a graph's feet.
+
+Where the program falls apart into branches, as into the levels of a pyramid, the small ones run on a stream beside the
+large one: alone they would leave most of the GPU idle.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpn_engine import side_stream
+from fpn_engine.backends.native.branches import Branches, find_branches
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cpu_convolution import Run
 from fpn_engine.backends.native.cuda.choices import Choices
@@ -50,6 +55,7 @@ class _Step:
 class _Prepared:
     memory: MemoryPlan
     steps: list[_Step]
+    branches: Branches | None
 
 
 class CudaExecutor:
@@ -80,12 +86,39 @@ class CudaExecutor:
             prepared = self._prepare(tuple(x.shape))
             arena = torch.empty(prepared.memory.arena_bytes, dtype=torch.uint8, device=self._device)
             values = {self.program.input: self._take(x)}
-            for step in prepared.steps:
-                inputs = [values[name] for name in step.op.inputs]
-                values[step.op.output] = step.run(inputs, self._place(step, inputs, arena))
+            fork = prepared.branches.fork if prepared.branches else len(prepared.steps)
+            for step in prepared.steps[:fork]:
+                self._run(step, values, self._place(step, values, arena))
                 for name in step.read_last:
                     del values[name]
+            if prepared.branches:
+                self._run_branches(prepared.steps, prepared.branches, values, arena)
             return [values[name] for name in self.program.outputs]
+
+    def _run(self, step: _Step, values: dict[str, Tensor], place: Tensor | None) -> None:
+        values[step.op.output] = step.run([values[name] for name in step.op.inputs], place)
+
+    def _run_branches(self, steps: list[_Step], branches: Branches, values: dict[str, Tensor], arena: Tensor) -> None:
+        """Memory belongs to the current stream, and is all kept until the branches have met again."""
+        places = {
+            step.op.output: torch.empty(step.shape, dtype=step.dtype, device=self._device)
+            for step in steps[branches.fork :]
+            if self._is_alone(step)
+        }
+        current = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        beside = side_stream.fork(self._device)
+        for number, step in enumerate(steps[branches.fork :], branches.fork):
+            place = places.get(step.op.output)
+            if place is None:
+                place = self._place(step, values, arena)
+            if number not in branches.aside:
+                self._run(step, values, place)
+                continue
+            with beside.running():
+                self._run(step, values, place)
+                if step.makes_its_output and current is not None:
+                    values[step.op.output].record_stream(current)
+        beside.join()
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Triton launches on the current device."""
@@ -95,11 +128,16 @@ class CudaExecutor:
         """Where the values live for an input of ``shape``. Raises ValueError as a call does."""
         return self._prepare(shape).memory
 
-    def _place(self, step: _Step, inputs: list[Tensor], arena: Tensor) -> Tensor | None:
+    @staticmethod
+    def _is_alone(step: _Step) -> bool:
+        """Whether the result has a tensor of its own that is made for it."""
+        return not (step.op.VIEW or step.makes_its_output or step.in_place is not None) and step.offset is None
+
+    def _place(self, step: _Step, values: Mapping[str, Tensor], arena: Tensor) -> Tensor | None:
         if step.op.VIEW or step.makes_its_output:
             return None
         if step.in_place is not None:
-            return inputs[step.in_place]
+            return values[step.op.inputs[step.in_place]]
         if step.offset is None:
             return torch.empty(step.shape, dtype=step.dtype, device=self._device)
         size = torch.Size(step.shape).numel() * step.dtype.itemsize
@@ -126,17 +164,21 @@ class CudaExecutor:
         ops, program = self.program.ops, self.program
         shapes = infer_shapes(ops, {program.input: shape}, self._shapes)
         runs: list[Run] = []
+        costs: list[float] = []
         outside = set()
         for op in ops:
+            costs.append(0.0)
             if isinstance(op, (Conv, Linear)):
                 work = Work.of(op, shapes, self._dtypes, self._shapes[op.weight])
                 tactic = self.choices.pick(work)
                 if tactic.makes_its_output:
                     outside.add(op.output)
+                costs[-1] = float(work.rows) * work.columns * work.depth
                 runs.append(make_tactic_run(tactic, op, work, self._weights, self.choices.gpu.processors))
             else:
                 runs.append(make_only_run(op, self._weights))
-        memory = plan_memory(program, count_bytes(program, shapes), outside)
+        branches = find_branches(ops, costs)
+        memory = plan_memory(program, count_bytes(program, shapes), outside, branches.fork if branches else None)
         steps = [
             _Step(
                 op=op,
@@ -150,4 +192,4 @@ class CudaExecutor:
             )
             for op, run, read_last in zip(ops, runs, find_last_reads(program), strict=True)
         ]
-        return _Prepared(memory, steps)
+        return _Prepared(memory, steps, branches)
