@@ -29,6 +29,7 @@ from benchmarks.nms_cases import final_nms_case, plain_nms_case, rpn_nms_case
 from benchmarks.pooling_cases import roi_align_case, roi_pool_case
 from fpn_kernels.candidates import select_candidates_reference
 from fpn_kernels.decode import decode_proposals_reference
+from fpn_kernels.finiteness import find_nonfinite_reference
 from fpn_kernels.selection import select_topk_reference
 from tests.kernels.boxes import random_boxes, seeded
 
@@ -47,6 +48,7 @@ def all_cases(device: torch.device, batches: Sequence[int], dtype: torch.dtype) 
             roi_pool_case(device, n, dtype),
             candidates_case(device, n, dtype),
             final_nms_case(device, n),
+            finiteness_case(device, n, dtype),
         ]
     return cases + [plain_nms_case(device, k) for k in (1_000, 10_000, 20_000, 100_000)]
 
@@ -228,4 +230,37 @@ def candidates_case(device: torch.device, n: int, dtype: torch.dtype) -> KernelC
         tolerance=TOLERANCE[torch.float32],
         moved=n * (TOP * ((CLASSES + 1) * dtype.itemsize + 16) + FILLED * 4 * dtype.itemsize + capacity * 28),
         launches=2,
+    )
+
+
+def finiteness_case(device: torch.device, n: int, dtype: torch.dtype) -> KernelCase:
+    """Features, and objectness and deltas as the slices of a merged head in float32."""
+    merged = 5 * ANCHORS
+
+    def inputs(number: int) -> tuple[Any, ...]:
+        features = [torch.randn(n, CHANNELS, h, w, generator=seeded(number)) for h, w in ROI_LEVELS]
+        heads = [torch.randn(n, merged, h, w, generator=seeded(number)) for h, w in LEVELS]
+        maps = [level.to(device, dtype, memory_format=torch.channels_last) for level in features]
+        heads = [level.to(device, memory_format=torch.channels_last) for level in heads]
+        return ([*maps, *(level[:, :ANCHORS] for level in heads), *(level[:, ANCHORS:] for level in heads)],)
+
+    def eager(tensors: list[Tensor]) -> Tensor:
+        sums = [tensor.sum(dim=(1, 2, 3), dtype=torch.float32) for tensor in tensors]
+        return (~torch.stack(sums).isfinite().all(dim=0)).to(torch.int64)
+
+    def expected(tensors: list[Tensor]) -> tuple[Tensor]:
+        return (find_nonfinite_reference(tensors, None).cpu(),)
+
+    cells = [sum(h * w for h, w in levels) for levels in (ROI_LEVELS, LEVELS)]
+    return KernelCase(
+        name="look for NaN and infinity",
+        batch=n,
+        dtype=dtype,
+        make_inputs=inputs,
+        contestants={"fpn_kernels": lambda tensors: (fpn_kernels.find_nonfinite(tensors),), "eager": eager},
+        compare=lambda ours, theirs: largest_error(ours[0], theirs),
+        tolerance=0.0,
+        expected=expected,
+        moved=n * (cells[0] * CHANNELS * dtype.itemsize + cells[1] * merged * 4 + 8),
+        launches=2 if n == 1 else 3,
     )

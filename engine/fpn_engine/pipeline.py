@@ -7,13 +7,14 @@ Everything is padded to fixed shapes with counts beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fpn_engine import beside
 from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
 from fpn_engine.preprocessing import preprocess_batch
 from fpn_engine.spec import ModelSpec
@@ -22,13 +23,20 @@ from fpn_engine.tasks import PaddedDetections, Task, Thresholds
 from fpn_kernels import (
     PackedImages,
     decode_proposals,
+    find_nonfinite,
     make_base_anchors,
     multilevel_roi_align,
     multilevel_roi_pool,
     padded_nms,
     select_candidates,
     select_topk,
+    take_detections,
+    take_proposals,
 )
+from fpn_kernels.kept import number_proposals
+
+# Gives the status of a look at what was computed, (N,) int64, once it has been had.
+Check = Callable[[], Tensor]
 
 
 class Proposals(NamedTuple):
@@ -38,11 +46,13 @@ class Proposals(NamedTuple):
         boxes: (N, R, 4) float32 in pixels of the resized image, 0 behind the last.
         scores: (N, R) float32, objectness in 0..1, descending, 0 behind the last.
         counts: (N,) int64, how many are real.
+        rois: (N * R, 5) float32, the image's number before each box; None where nobody has numbered them yet.
     """
 
     boxes: Tensor
     scores: Tensor
     counts: Tensor
+    rois: Tensor | None = None
 
     @classmethod
     def given(cls, boxes: Tensor, counts: Tensor) -> Self:
@@ -103,12 +113,13 @@ class Pipeline:
             raise ValueError("a fast_rcnn detects among given proposals, but there are none")
         with stage(TRUNK):
             out = self.trunk(images)
+        check = self._begin_check(out)
         if not self.spec.has_box_head:
             found = self.propose(out, images.shape[-2:], image_sizes, thresholds)
-            return self._as_detections(out, found, thresholds.box_detections_per_img)
+            return _as_detections(found, thresholds.box_detections_per_img, check)
         if proposals is None:
             proposals = self.propose(out, images.shape[-2:], image_sizes)
-        return self.classify(out, proposals, image_sizes, thresholds)
+        return self.classify(out, proposals, image_sizes, thresholds, check)
 
     def run(
         self, images: Tensor, image_sizes: Tensor, task: Task, proposals: Proposals | None = None
@@ -130,8 +141,9 @@ class Pipeline:
         """
         with stage(TRUNK):
             out = self.trunk(images)
+        check = self._begin_check(out)
         found = self.propose(out, images.shape[-2:], image_sizes)
-        return self._as_detections(out, found, self.spec.rpn_post_nms_top_n_test)
+        return _as_detections(found, self.spec.rpn_post_nms_top_n_test, check)
 
     def propose(
         self,
@@ -165,33 +177,34 @@ class Pipeline:
             keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test)
             if not self._fixed_shapes:
                 keep = keep[:, : max(1, int(counts.max()))]
-            boxes, scores = _take(keep, boxes, scores)
-            return Proposals(boxes, scores, counts)
-
-    def _as_detections(self, out: TrunkOutput, proposals: Proposals, limit: int) -> PaddedDetections:
-        """The best ``limit`` proposals as detections of label 1."""
-        missing = max(0, limit - proposals.scores.shape[1])
-        boxes = F.pad(proposals.boxes[:, :limit], (0, 0, 0, missing))
-        scores = F.pad(proposals.scores[:, :limit], (0, missing))
-        counts = proposals.counts.clamp(max=limit)
-        labels = (torch.arange(limit, device=counts.device) < counts[:, None]).to(torch.int64)
-        return PaddedDetections(boxes, scores, labels, counts, _as_status(self.find_finite(out)))
+            boxes, scores, rois = take_proposals(keep, boxes, scores)
+            return Proposals(boxes, scores, counts, rois)
 
     def classify(
-        self, out: TrunkOutput, proposals: Proposals, image_sizes: Tensor, thresholds: Thresholds
+        self,
+        out: TrunkOutput,
+        proposals: Proposals,
+        image_sizes: Tensor,
+        thresholds: Thresholds,
+        check: Check | None = None,
     ) -> PaddedDetections:
-        """Fast R-CNN on given proposals (sec. 4.2)."""
+        """Fast R-CNN on given proposals (sec. 4.2).
+
+        Args: check: of ``out``, if one is under way.
+        """
         if self.head is None:
             raise ValueError("an rpn has no box head")
         spec = self.spec
-        n, slots = proposals.boxes.shape[:2]
-        image = torch.arange(n, dtype=torch.float32, device=proposals.boxes.device)
-        rois = torch.cat([image[:, None, None].expand(n, slots, 1), proposals.boxes], dim=2).view(-1, 5)
+        of_trunk = check or self._begin_check(out)
+        rois = number_proposals(proposals.boxes) if proposals.rois is None else proposals.rois
         with stage(POOLING):
             pooled = self.pool(out, rois, proposals.counts)
         with stage(BOX_HEAD):
             class_logits, box_deltas = self.head(pooled)
         with stage(DETECTIONS):
+            n, slots = proposals.boxes.shape[:2]
+            answers = [answer.view(n, slots, answer.shape[1]) for answer in (class_logits, box_deltas)]
+            of_all = beside.begin(lambda: find_nonfinite(answers, of_trunk()))
             boxes, scores, labels, _ = select_candidates(
                 class_logits,
                 box_deltas,
@@ -204,10 +217,8 @@ class Pipeline:
             )
             limit = thresholds.box_detections_per_img
             keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit)
-            finite = self.find_finite(out)
-            finite &= _finite(class_logits.view(n, slots, -1), box_deltas.view(n, slots, -1))
-            boxes, scores, labels = _take(keep, boxes, scores, labels)
-            return PaddedDetections(boxes, scores, labels, counts, _as_status(finite))
+            boxes, scores, labels = take_detections(keep, boxes, scores, labels)
+            return PaddedDetections(boxes, scores, labels, counts, of_all())
 
     def pool(self, out: TrunkOutput, rois: Tensor, counts: Tensor | None = None) -> Tensor:
         """RoI features (R, C, S, S) as the spec has it.
@@ -229,34 +240,16 @@ class Pipeline:
             features, rois, counts, sampling_ratio=pool.sampling_ratio, aligned=pool.aligned, **shared
         )
 
-    def find_finite(self, out: TrunkOutput) -> Tensor:
-        """(N,) bool: which images' trunk outputs are free of NaN and infinity."""
-        return _finite(*out.features[self._roi_levels], *out.objectness, *out.deltas)
+    def _begin_check(self, out: TrunkOutput) -> Check:
+        """Look for NaN and infinity in a trunk's output, beside what follows it: the maps live as long as ``out``."""
+        return beside.begin(lambda: find_nonfinite([*out.features[self._roi_levels], *out.objectness, *out.deltas]))
 
 
-def _take(keep: Tensor, *values: Tensor) -> list[Tensor]:
-    """Rows ``keep`` (N, D) of each (N, K) or (N, K, C) tensor, zeros where keep is -1."""
-    index, empty = keep.clamp(min=0), keep < 0
-    taken = []
-    for value in values:
-        if value.ndim == 3:
-            rows = value.gather(1, index[..., None].expand(-1, -1, value.shape[2]))
-            taken.append(rows.masked_fill_(empty[..., None], 0))
-        else:
-            taken.append(value.gather(1, index).masked_fill_(empty, 0))
-    return taken
-
-
-def _as_status(finite: Tensor) -> Tensor:
-    """(N,) int64: OK, which is 0, where ``finite``, else NON_FINITE, which is 1."""
-    return (~finite).to(torch.int64)
-
-
-def _finite(*tensors: Tensor) -> Tensor:
-    """(N,) bool: no NaN or infinity in an image's part of any tensor. A sum carries them, at one read each."""
-    sums = []
-    for t in tensors:
-        # Only float16 can overflow by it; asked for float32, torch on the CPU copies a bfloat16 map first.
-        dtype = torch.float32 if t.dtype == torch.float16 else None
-        sums.append(t.sum(dim=tuple(range(1, t.ndim)), dtype=dtype).to(torch.float32))
-    return torch.stack(sums).isfinite().all(dim=0)
+def _as_detections(proposals: Proposals, limit: int, check: Check) -> PaddedDetections:
+    """The best ``limit`` proposals as detections of label 1, with the status that ``check`` gives."""
+    missing = max(0, limit - proposals.scores.shape[1])
+    boxes = F.pad(proposals.boxes[:, :limit], (0, 0, 0, missing))
+    scores = F.pad(proposals.scores[:, :limit], (0, missing))
+    counts = proposals.counts.clamp(max=limit)
+    labels = (torch.arange(limit, device=counts.device) < counts[:, None]).to(torch.int64)
+    return PaddedDetections(boxes, scores, labels, counts, check())

@@ -66,7 +66,9 @@ def write_trace(engine: Engine, images: Sequence[Pixels], path: Path) -> None:
     if engine.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     engine(images)
-    with torch.profiler.profile(activities=activities) as profiler, watching(torch.profiler.record_function):
+    # Some versions of torch warn that events go at the end of a cycle unless they are to be kept.
+    profile = torch.profiler.profile(activities=activities, acc_events=True)
+    with profile as profiler, watching(torch.profiler.record_function):
         engine(images)
     with replacing(path) as temporary:
         profiler.export_chrome_trace(str(temporary))

@@ -6,6 +6,8 @@ beside it; a score of -inf marks an empty slot.
 
 from fpn_kernels.candidates import candidate_capacity, select_candidates
 from fpn_kernels.decode import clip_boxes, decode_boxes, decode_proposals, make_base_anchors
+from fpn_kernels.finiteness import find_nonfinite
+from fpn_kernels.kept import take_detections, take_proposals
 from fpn_kernels.levels import assign_levels
 from fpn_kernels.nms import batched_nms, nms, padded_nms
 from fpn_kernels.preprocess import PackedImages, pack_images, preprocess
@@ -23,6 +25,7 @@ __all__ = [
     "clip_boxes",
     "decode_boxes",
     "decode_proposals",
+    "find_nonfinite",
     "gather_windows",
     "lateral_merge",
     "make_base_anchors",
@@ -37,6 +40,8 @@ __all__ = [
     "select_candidates",
     "select_topk",
     "stable_topk",
+    "take_detections",
+    "take_proposals",
     "topdown_merge",
     "window_linear",
 ]

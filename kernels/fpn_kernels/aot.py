@@ -31,6 +31,8 @@ MODULES = (
     "convolution",
     "decode",
     "epilogue",
+    "finiteness",
+    "kept",
     "max_pool",
     "nms",
     "preprocess",

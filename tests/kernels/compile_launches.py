@@ -17,7 +17,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fpn_kernels.triton import candidates, decode, nms, preprocess, roi_align, roi_pool, selection, topdown, windows
+from fpn_kernels.triton import (
+    candidates,
+    decode,
+    finiteness,
+    kept,
+    nms,
+    preprocess,
+    roi_align,
+    roi_pool,
+    selection,
+    topdown,
+    windows,
+)
 
 ONE, SIZE = torch.ones(1, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)
 FORM = ((4.0,), 2, 4, 224.0)
@@ -61,6 +73,9 @@ def launch_all() -> None:
     candidates.launch_select_candidates(
         torch.zeros(1, 2), torch.zeros(1, 8), box, ONE, SIZE, 0.0, 1.0, (1.0, 1.0, 1.0, 1.0), 1
     )
+    kept.launch_take_proposals(SIZE[:, :1] - 1, box, score)
+    kept.launch_take_detections(SIZE[:, :1] - 1, box, score, SIZE[:, :1])
+    finiteness.launch_find_nonfinite([level, level.half().expand(1, 1, 1, 2), level.expand(1, 1, 1, 2)], None)
     roi_align.launch_multilevel_roi_align([level], roi, None, 1, FORM[0], 1, True, *FORM[1:])
     roi_align.launch_multilevel_roi_align_backward(level, [1, 1, 1], roi, ONE, FORM[0], 0, False, *FORM[1:])
     roi_pool.launch_multilevel_roi_pool([level], roi, None, 1, *FORM)

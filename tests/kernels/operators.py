@@ -70,6 +70,10 @@ def window_linear(places: Tensor, weight: Tensor, bias: Tensor, *features: Tenso
     return fpn_kernels.window_linear(features, places, weight, bias, kernel=3, relu=True)
 
 
+def find_nonfinite(known: Tensor, *tensors: Tensor) -> Tensor:
+    return fpn_kernels.find_nonfinite(tensors, known)
+
+
 FUNCTIONS = {
     "preprocess": preprocess,
     "topdown_merge": fpn_kernels.topdown_merge,
@@ -87,6 +91,9 @@ FUNCTIONS = {
     "select_candidates": fpn_kernels.select_candidates,
     "gather_windows": gather_windows,
     "window_linear": window_linear,
+    "take_proposals": fpn_kernels.take_proposals,
+    "take_detections": fpn_kernels.take_detections,
+    "find_nonfinite": find_nonfinite,
 }
 
 
@@ -107,6 +114,7 @@ def make_arguments(height: int = 26, width: int = 38, n: int = 2) -> dict[str, t
     counts = torch.arange(n) + 3
     c, weight, bias = (torch.randn(shape, generator=seeded()) for shape in ((n, 6, height, width), (5, 6), (5,)))
     places = torch.stack([torch.arange(2 * n) % size for size in (n, len(features), 4, 5)], dim=1)
+    keep = torch.arange(7).expand(n, 7) - 1
     return {
         "preprocess": (*packed, image_sizes, padded_size),
         "topdown_merge": (features[0], features[1]),
@@ -124,4 +132,7 @@ def make_arguments(height: int = 26, width: int = 38, n: int = 2) -> dict[str, t
         "select_candidates": (*make_head(n, height, 4), counts, image_sizes),
         "gather_windows": (places, *features),
         "window_linear": (places, torch.randn(6, 45, generator=seeded()), weight[0], *features),
+        "take_proposals": (keep, boxes, scores),
+        "take_detections": (keep, boxes, scores, groups),
+        "find_nonfinite": (groups[:, 0], *features, *objectness),
     }

@@ -17,7 +17,8 @@ from fpn_kernels import aot
 pytestmark = pytest.mark.timeout(3600)  # on a cold cache; the first test compiles everything
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-LAUNCHED = ("candidates", "decode", "nms", "preprocess", "roi_align", "roi_pool", "selection", "topdown", "windows")
+LAUNCHED = ("candidates", "decode", "finiteness", "kept", "nms", "preprocess", "roi_align", "roi_pool", "selection")
+LAUNCHED += ("topdown", "windows")
 MODULES = {name: importlib.import_module(f"fpn_kernels.triton.{name}") for name in aot.MODULES}
 
 
@@ -62,11 +63,11 @@ def test_shared_memory_suffices(rows):
     assert all(0 < row["registers"] <= 255 for row in rows)
 
 
-def test_neural_kernels_use_wide_loads_and_tensor_cores(rows):
-    neural = ("merge_kernel", "lateral_kernel", "roi_align_kernel", "roi_pool_kernel")
-    neural += ("gather_windows_kernel", "window_linear_kernel")
-    rows = [row for row in rows if row["kernel"] in neural and not row["variant"].endswith("C=1")]
-    assert {row["kernel"] for row in rows} == set(neural)
+def test_kernels_use_wide_loads_and_tensor_cores(rows):
+    wide = ("merge_kernel", "lateral_kernel", "roi_align_kernel", "roi_pool_kernel")
+    wide += ("gather_windows_kernel", "window_linear_kernel", "check_words_kernel", "take_kernel")
+    rows = [row for row in rows if row["kernel"] in wide and not row["variant"].endswith("C=1")]
+    assert {row["kernel"] for row in rows} == set(wide)
     assert [row for row in rows if row["wide_loads"] == 0] == []
     products = ("lateral_kernel", "window_linear_kernel")
     half = [row for row in rows if row["kernel"] in products and not row["variant"].startswith("fp32")]

@@ -17,7 +17,7 @@ from fpn_engine.pipeline import Proposals
 from fpn_engine.preprocessing import preprocess_batch
 from fpn_engine.stages import PREPROCESS, PROPOSALS, TRUNK, stage
 from fpn_engine.tasks import PaddedMasks, Task
-from fpn_kernels import PackedImages, select_topk, stable_topk
+from fpn_kernels import PackedImages, find_nonfinite, select_topk, stable_topk
 
 
 class MaskTrunkOutput(NamedTuple):
@@ -118,10 +118,9 @@ class MaskPipeline:
             masks = self._answer(out.features, winners)
         _, level, y, x = winners.places.unbind(dim=2)
         regions = self._regions.cover(level, winners.heads, y, x)
-        finite = torch.stack([part.sum(dim=(1, 2, 3), dtype=torch.float32) for part in out.scores])
-        finite = finite.isfinite().all(dim=0) & masks.sum(dim=(1, 2, 3)).isfinite()
-        counts = torch.full_like(finite, winners.logits.shape[1], dtype=torch.int64)
-        return PaddedMasks(regions, winners.logits.sigmoid(), masks, counts, (~finite).to(torch.int64))
+        status = find_nonfinite([*out.scores, masks])
+        counts = torch.full_like(status, winners.logits.shape[1])
+        return PaddedMasks(regions, winners.logits.sigmoid(), masks, counts, status)
 
     def _answer(self, features: Sequence[Tensor], winners: Winners) -> Tensor:
         """Mask logits (N, K, S, S) of the winners, each by its own head."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fpn_engine import beside
 from fpn_engine.errors import BackendError, DeviceMemoryError
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.runtime.captured import CapturedRunner
@@ -28,23 +29,32 @@ _in_use: weakref.WeakSet[CudaTransport] = weakref.WeakSet()
 
 
 class CudaTransport:
-    """Two streams of a CUDA device; see :class:`fpn_engine.runtime.transport.Transport`."""
+    """Three streams of a CUDA device: for computing, for what may run beside it, for uploads.
+
+    See :class:`fpn_engine.runtime.transport.Transport`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with explaining(device), torch.cuda.device(device), _ONE_CAPTURE:
             taken = [stream for other in _in_use for stream in other.streams]
             self.stream = find_free_stream(taken, torch.cuda.Stream)
-            self._uploads = find_free_stream([*taken, self.stream], torch.cuda.Stream)
+            self._beside = find_free_stream([*taken, self.stream], torch.cuda.Stream)
+            self._uploads = find_free_stream([*taken, self.stream, self._beside], torch.cuda.Stream)
             _in_use.add(self)
 
     @property
-    def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        return self.stream, self._uploads
+    def streams(self) -> tuple[torch.cuda.Stream, ...]:
+        return self.stream, self._beside, self._uploads
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        with explaining(self.device), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with (
+            explaining(self.device),
+            torch.cuda.device(self.device),
+            torch.cuda.stream(self.stream),
+            beside.using(self._beside),
+        ):
             yield
 
     def host_buffer(self, size: int) -> Tensor:

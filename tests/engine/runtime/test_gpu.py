@@ -142,7 +142,7 @@ def test_the_trace_of_a_replay_shows_no_copy_to_the_host(cuda_model: FpnDetector
     runner = make_runner(cuda_model)
     group, task = make_group([(60, 80)])
     graph = runner.capture(group, task)
-    with runner._transport.computing(), profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with runner._transport.computing(), profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(5):
             graph.replay()
         torch.cuda.synchronize()
@@ -155,7 +155,7 @@ def test_one_copy_each_way_for_a_group(cuda_model: FpnDetector) -> None:
     runner = make_runner(cuda_model, batch_size=2)
     group, task = make_group([(60, 80), (61, 79)])
     runner.warm(group, task)
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(4):
             runner.submit(group, task).wait()
     names = [event.name for event in trace.events()]
@@ -306,6 +306,45 @@ def test_a_graph_keeps_the_buffers_that_it_was_captured_with(
     rubbish = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
     assert_twins(engine(pictures[0]), expected[:1])
     assert len(rubbish) == 64
+
+
+class Faulty:
+    """A trunk to whose last map of deltas ``fault`` is added."""
+
+    def __init__(self, model: FpnDetector) -> None:
+        self.fault = torch.zeros(2, 1, 1, 1, device="cuda")
+        self._model = model
+
+    def __call__(self, images: Tensor, /) -> TrunkOutput:
+        out = self._model.trunk(images)
+        return out._replace(deltas=(*out.deltas[:-1], out.deltas[-1] + self.fault))
+
+
+def test_the_status_of_a_replay_is_its_own(cuda_model: FpnDetector) -> None:
+    """It is found on another stream than all else, in the graph a branch."""
+    trunk = Faulty(cuda_model)
+    pipeline = Pipeline(SPEC, trunk, cuda_model.head, cuda_model.pipeline.device)
+    runner = make_cuda_runner(pipeline, batch_size=2)
+    group, task = make_group([(60, 80), (61, 79)])
+    runner.warm(group, task)
+    for fault in ([0.0, 0.0], [0.0, torch.nan], [torch.inf, 0.0], [0.0, 0.0]) * 20:
+        trunk.fault.copy_(torch.tensor(fault).view(2, 1, 1, 1))
+        torch.cuda.synchronize()
+        assert runner.submit(group, task).wait().status.tolist() == [int(value != 0) for value in fault]
+
+
+def test_without_a_graph_the_status_waits_for_what_it_reads(cuda_model: FpnDetector) -> None:
+    trunk = Faulty(cuda_model)
+    pipeline = Pipeline(SPEC, trunk, cuda_model.head, cuda_model.pipeline.device)
+    runner = make_cuda_runner(pipeline, batch_size=2)
+    group, task = make_group([(60, 80), (61, 79)])
+    runner.submit(group, task).wait()
+    (entry,) = runner.graphs._entries.values()
+    with torch.inference_mode(), runner._transport.computing():
+        for number in range(40):
+            trunk.fault.fill_(torch.nan if number % 3 == 0 else 0.0)
+            found = unpack_result(entry.line().cpu())
+            assert found.status.tolist() == [int(number % 3 == 0)] * 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
