@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fpn_engine import beside
 from fpn_engine.ruler import Times, Turn, take_turns
 
 Function = Callable[..., Any]
@@ -23,9 +24,9 @@ class Replay:
     def __init__(self, function: Function, inputs: Sequence[Any]) -> None:
         self._inputs = [_clone(value) for value in inputs]
         current = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
+        stream, side = torch.cuda.Stream(), torch.cuda.Stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), beside.using(side):
             function(*self._inputs)  # compiles
             torch.cuda.synchronize()
             # What waits raises here: a capture that fails leaves stream and allocator behind in disorder.
@@ -34,7 +35,7 @@ class Replay:
         current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph), beside.using(side):
                 self.outputs = function(*self._inputs)
         finally:
             torch.cuda.set_stream(current)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # imported when there is a stream, so that this costs nothing without
     import torch
-    from torch import Tensor
 
+T = TypeVar("T")
 _stream: ContextVar[torch.cuda.Stream | None] = ContextVar("beside", default=None)
 
 
@@ -27,7 +27,7 @@ def using(stream: torch.cuda.Stream) -> Iterator[None]:
         _stream.reset(token)
 
 
-def begin(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def begin(work: Callable[[], T]) -> Callable[[], T]:
     """Begin ``work`` beside the current stream; what it returns gives the result, to be asked for once.
 
     The work follows all that the current stream was given before, and what was begun earlier, whose results it may ask
@@ -44,7 +44,7 @@ def begin(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.stream(stream):
         result = work()
 
-    def join() -> Tensor:
+    def join() -> T:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
         return result
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fpn_engine import beside
 from fpn_engine.backends.native.branches import Branches
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cuda import executor as executor_module
@@ -288,9 +289,11 @@ def test_capturable(dtype: str, make: Callable[[str], Program]) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     static = given.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = executor(static)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with beside.using(side):
+        executor(static)
+        with torch.cuda.graph(graph):
+            outputs = executor(static)
     executor(make_input(4, 128, 128).to(DEVICE))
     for x, wanted in ((other, expected[1]), (given, expected[0])):
         static.copy_(x)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpn_engine import side_stream
+from fpn_engine import beside
 from fpn_engine.backends.native.branches import Branches, find_branches
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cpu_convolution import Run
@@ -100,25 +100,24 @@ class CudaExecutor:
 
     def _run_branches(self, steps: list[_Step], branches: Branches, values: dict[str, Tensor], arena: Tensor) -> None:
         """Memory belongs to the current stream, and is all kept until the branches have met again."""
-        places = {
-            step.op.output: torch.empty(step.shape, dtype=step.dtype, device=self._device)
-            for step in steps[branches.fork :]
-            if self._is_alone(step)
-        }
-        current = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        beside = side_stream.fork(self._device)
+        places = {step.op.output: self._place(step, values, arena) for step in steps[branches.fork :]}
+        aside: list[_Step] = []
+        along: list[_Step] = []
         for number, step in enumerate(steps[branches.fork :], branches.fork):
-            place = places.get(step.op.output)
-            if place is None:
-                place = self._place(step, values, arena)
-            if number not in branches.aside:
-                self._run(step, values, place)
-                continue
-            with beside.running():
-                self._run(step, values, place)
-                if step.makes_its_output and current is not None:
-                    values[step.op.output].record_stream(current)
-        beside.join()
+            (aside if number in branches.aside else along).append(step)
+
+        def run(chosen: list[_Step]) -> dict[str, Tensor]:
+            made = dict(values)
+            for step in chosen:
+                self._run(step, made, places[step.op.output])
+            return made
+
+        meet = beside.begin(lambda: run(aside))
+        try:
+            ours = run(along)
+        finally:
+            theirs = meet()
+        values |= theirs | ours
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Triton launches on the current device."""
@@ -127,11 +126,6 @@ class CudaExecutor:
     def plan(self, shape: Shape) -> MemoryPlan:
         """Where the values live for an input of ``shape``. Raises ValueError as a call does."""
         return self._prepare(shape).memory
-
-    @staticmethod
-    def _is_alone(step: _Step) -> bool:
-        """Whether the result has a tensor of its own that is made for it."""
-        return not (step.op.VIEW or step.makes_its_output or step.in_place is not None) and step.offset is None
 
     def _place(self, step: _Step, values: Mapping[str, Tensor], arena: Tensor) -> Tensor | None:
         if step.op.VIEW or step.makes_its_output:
