@@ -16,7 +16,7 @@ from fpn_kernels.nms import padded_nms_reference
 from tests.kernels.boxes import clustered_boxes, random_boxes, seeded
 
 OTHER_BOXES = 1e-3  # of those kept: an IoU that is rounded to the other side of the threshold
-CHUNK = 8192  # boxes; as fpn_kernels.triton.nms has it, which not every machine can import
+MOST_WORDS, CHUNK = 1 << 24, 8192  # as fpn_kernels.triton has them, which not every machine can import
 
 
 def share_of_other_boxes(ours: Any, theirs: Any) -> float:
@@ -37,14 +37,16 @@ def nms_case(
     threshold: float,
     limit: int,
     slots: int,
+    largest_group: int | None = None,
 ) -> KernelCase:
     """``make``: boxes (N, K, 4), scores (N, K) and groups (N, K) of a round, K ``slots``."""
+    at_once = n * slots * (math.ceil(min(slots, largest_group or slots) / 32) + 1) <= MOST_WORDS
 
     def inputs(number: int) -> tuple[Any, ...]:
         return tuple(t.to(device) for t in make(number))
 
     def ours(boxes: Tensor, scores: Tensor, groups: Tensor) -> list[Tensor]:
-        return list(fpn_kernels.padded_nms(boxes, scores, groups, threshold, limit))
+        return list(fpn_kernels.padded_nms(boxes, scores, groups, threshold, limit, largest_group))
 
     def theirs(boxes: Tensor, scores: Tensor, groups: Tensor) -> list[Tensor]:
         keep = torch.full((n, limit), -1, device=device)
@@ -78,7 +80,7 @@ def nms_case(
         tolerance=OTHER_BOXES,
         expected=exact,
         moved=n * (28 * slots + 8 * limit),
-        launches=2 + 3 * math.ceil(slots / CHUNK),
+        launches=7 if at_once else 2 + 3 * math.ceil(slots / CHUNK),
     )
 
 
@@ -90,7 +92,7 @@ def rpn_nms_case(device: torch.device, n: int) -> KernelCase:
         boxes = torch.stack([clustered_boxes(total, 300, seed=1000 * number + i) for i in range(n)])
         return boxes, torch.rand(n, total, generator=seeded(number)), groups.expand(n, -1).contiguous()
 
-    return nms_case(device, f"RPN NMS, {total} boxes in 5 levels", make, n, 0.7, TOP, total)
+    return nms_case(device, f"RPN NMS, {total} boxes in 5 levels", make, n, 0.7, TOP, total, TOP)
 
 
 def final_nms_case(device: torch.device, n: int) -> KernelCase:
@@ -106,7 +108,7 @@ def final_nms_case(device: torch.device, n: int) -> KernelCase:
         labels[:, :filled] = torch.randint(1, CLASSES + 1, (n, filled), generator=seeded(number))
         return boxes, scores, labels
 
-    return nms_case(device, f"final NMS, {filled} of {capacity} slots", make, n, 0.5, 100, capacity)
+    return nms_case(device, f"final NMS, {filled} of {capacity} slots", make, n, 0.5, 100, capacity, TOP)
 
 
 def plain_nms_case(device: torch.device, k: int) -> KernelCase:

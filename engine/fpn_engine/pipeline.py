@@ -174,7 +174,7 @@ class Pipeline:
                 score_thresh=score_thresh,
             )
             groups = levels.expand(len(logits), -1)
-            keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test)
+            keep, counts = padded_nms(boxes, scores, groups, nms_thresh, spec.rpn_post_nms_top_n_test, k)
             if not self._fixed_shapes:
                 keep = keep[:, : max(1, int(counts.max()))]
             boxes, scores, rois = take_proposals(keep, boxes, scores)
@@ -216,7 +216,7 @@ class Pipeline:
                 weights=spec.bbox_reg_weights,
             )
             limit = thresholds.box_detections_per_img
-            keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit)
+            keep, counts = padded_nms(boxes, scores, labels, thresholds.box_nms_thresh, limit, slots)
             boxes, scores, labels = take_detections(keep, boxes, scores, labels)
             return PaddedDetections(boxes, scores, labels, counts, of_all())
 

@@ -35,6 +35,8 @@ MODULES = (
     "kept",
     "max_pool",
     "nms",
+    "nms_chunks",
+    "nms_order",
     "preprocess",
     "roi_align",
     "roi_pool",

@@ -16,7 +16,7 @@ MOST_ROUNDS = 32  # links of a chain of suppressions that are settled all at onc
 
 
 def padded_nms_reference(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int, largest_group: int | None = None
 ) -> tuple[Tensor, Tensor]:
     keep = torch.full((len(scores), max_out), -1, dtype=torch.int64, device=scores.device)
     counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
@@ -76,14 +76,17 @@ def _fixed_point(better: Tensor, worse: Tensor, alive: Tensor) -> Tensor:
     return torch.tensor(one_by_one, dtype=torch.bool, device=alive.device)
 
 
-def _fake(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int) -> tuple[Tensor, Tensor]:
+def _fake(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int, largest_group: int | None = None
+) -> tuple[Tensor, Tensor]:
     n = scores.shape[0]
     return groups.new_empty(n, max_out), groups.new_empty(n)
 
 
 _padded_nms = Op(
     "padded_nms",
-    "(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, SymInt max_out) -> (Tensor, Tensor)",
+    "(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, SymInt max_out, "
+    "SymInt? largest_group=None) -> (Tensor, Tensor)",
     padded_nms_reference,
     "fpn_kernels.triton.nms:launch_padded_nms",
     _fake,
@@ -91,7 +94,7 @@ _padded_nms = Op(
 
 
 def padded_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int, largest_group: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Greedy NMS within each group of each image, at fixed capacity.
 
@@ -104,6 +107,8 @@ def padded_nms(
         scores: (N, K) float32.
         groups: (N, K) int64, any values: class or level.
         iou_threshold: 0..1. max_out: most boxes to keep per image.
+        largest_group: a promise that no group of an image has more present boxes, which saves memory on a GPU, and
+            time where slots are many; boxes beyond it may be kept that should not be. None promises nothing.
     Returns:
         keep: (N, max_out) int64, indices into K by descending score, -1 behind the last.
         counts: (N,) int64, how many were kept.
@@ -119,7 +124,8 @@ def padded_nms(
     require_device(boxes=boxes, scores=scores, groups=groups)
     require(0.0 <= iou_threshold <= 1.0, "iou_threshold must be from 0 to 1, not {}", iou_threshold)
     require(max_out >= 1, "max_out must be at least 1, not {}", max_out)
-    return _padded_nms(boxes.device, boxes, scores, groups, iou_threshold, max_out)
+    require(largest_group is None or largest_group >= 1, "largest_group must be at least 1, not {}", largest_group)
+    return _padded_nms(boxes.device, boxes, scores, groups, iou_threshold, max_out, largest_group)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:

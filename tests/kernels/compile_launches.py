@@ -23,6 +23,7 @@ from fpn_kernels.triton import (
     finiteness,
     kept,
     nms,
+    nms_chunks,
     preprocess,
     roi_align,
     roi_pool,
@@ -68,8 +69,10 @@ def launch_all() -> None:
         selection.launch_select_topk([level.expand(1, 1, 1, 3)], 1)
     decode.launch_decode_proposals(score, SIZE[:, :1] - 1, [deltas], box, (1, 1), SIZE, 1, 1.0, 0.0)
     nms.launch_padded_nms(box, score, SIZE[:, :1], 0.5, 1)
-    with mock.patch.multiple(nms, COUNTED=0, BLOCK=32, CHUNK=32):
-        nms.launch_padded_nms(*(part.expand(1, 33, *part.shape[2:]) for part in (box, score, SIZE[:, :1])), 0.5, 1)
+    with mock.patch.multiple(nms_chunks, BLOCK=32, CHUNK=32):
+        nms_chunks.launch_in_chunks(
+            *(part.expand(1, 33, *part.shape[2:]) for part in (box, score, SIZE[:, :1])), 0.5, 1
+        )
     candidates.launch_select_candidates(
         torch.zeros(1, 2), torch.zeros(1, 8), box, ONE, SIZE, 0.0, 1.0, (1.0, 1.0, 1.0, 1.0), 1
     )

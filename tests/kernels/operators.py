@@ -31,7 +31,7 @@ def decode_proposals(
 
 
 def padded_nms(boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
-    return fpn_kernels.padded_nms(boxes, scores, groups, 0.5, 10)
+    return fpn_kernels.padded_nms(boxes, scores, groups, 0.5, 10, boxes.shape[1])
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor) -> Tensor:

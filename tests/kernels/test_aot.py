@@ -17,8 +17,8 @@ from fpn_kernels import aot
 pytestmark = pytest.mark.timeout(3600)  # on a cold cache; the first test compiles everything
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-LAUNCHED = ("candidates", "decode", "finiteness", "kept", "nms", "preprocess", "roi_align", "roi_pool", "selection")
-LAUNCHED += ("topdown", "windows")
+LAUNCHED = ("candidates", "decode", "finiteness", "kept", "nms", "nms_chunks", "nms_order", "preprocess", "roi_align")
+LAUNCHED += ("roi_pool", "selection", "topdown", "windows")
 MODULES = {name: importlib.import_module(f"fpn_kernels.triton.{name}") for name in aot.MODULES}
 
 

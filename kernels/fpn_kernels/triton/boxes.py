@@ -16,6 +16,16 @@ def is_finite(x):
 
 
 @triton.jit
+def is_present(boxes, scores, at, inside):
+    """Which boxes take part in NMS: score neither NaN nor -inf, corners finite."""
+    score = tl.load(scores + at, mask=inside, other=float("-inf"))
+    present = inside & (score == score) & (score != float("-inf"))
+    for side in tl.static_range(4):
+        present &= is_finite(tl.load(boxes + at * 4 + side, mask=present, other=float("nan")))
+    return present
+
+
+@triton.jit
 def exponential(x):
     """exp(x) in float32 within 1 ulp, of sums and products that round alike on every device.
 

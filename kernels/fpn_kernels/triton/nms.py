@@ -1,12 +1,11 @@
-"""Exact greedy NMS on the device: rank, overlap bits, fixed point.
+"""Exact greedy NMS on the device: order by group and score, overlap bits within groups, fixed points side by side.
 
-    rank      each present box counts those that come before it; nothing is sorted for up to ``COUNTED`` boxes
-    suppress  boxes of a chunk against those kept of earlier chunks
-    overlap   within a chunk, which better boxes of its group overlap each box above the threshold, one bit each
-    resolve   keep[i] = no kept j < i overlaps i, iterated until it stands still, 1024 boxes at a time
+    order    three launches of :mod:`fpn_kernels.triton.nms_order`, which leave empty slots out
+    overlap  which better boxes of its group overlap each box above the threshold, one bit each
+    resolve  keep[i] = no kept better j overlaps i, iterated until it stands still; one program for some whole groups
+    emit     a kept box's slot is the number of better kept ones
 
-Up to ``CHUNK`` boxes per image are one chunk: three launches. A chunk that begins after ``max_out`` boxes are kept does
-nothing. IoU is computed as the reference does, in float32, without fused multiply-adds and with IEEE division.
+IoU is computed as the reference does, in float32, without fused multiply-adds and with IEEE division.
 """
 
 from __future__ import annotations
@@ -16,311 +15,214 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpn_kernels.triton.boxes import is_finite
 from fpn_kernels.triton.builds import Build
+from fpn_kernels.triton.nms_chunks import launch_in_chunks
+from fpn_kernels.triton.nms_order import index_of, launch_order
 
-COUNTED = 32768  # above, radix sort beats counting
-CHUNK = 8192  # 8 MB of bits per image
-BLOCK = 1024  # boxes resolved at a time; their bits among each other, 128 KB, stay in registers
-RANK_ROWS, RANK_COLUMNS = 32, 256
-OVERLAP_ROWS, OVERLAP_COLUMNS, OVERLAP_WARPS = 16, 64, 8  # larger tiles a warp spill in some versions of Triton
-OVERLAP_SHARES = 8  # programs among which a row of tiles is divided; with one a tile, most would have nothing to do
-SUPPRESS_ROWS, SUPPRESS_COLUMNS = 32, 64
-
-
-@triton.jit
-def _score_key(score):
-    """float32 as an int32 of the same order; 0.0 and -0.0 are equal."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+MOST_WORDS = 1 << 24  # of overlap bits of a batch, 64 MB; what could need more goes in chunks
+PROGRAMS = 1024  # of a launch: more, and those without a box cost microseconds
+OVERLAP_ROWS, OVERLAP_COLUMNS, OVERLAP_WARPS = 128, 16, 4  # a thread has a row and all columns: it packs bits alone
+OVERLAP_SHARES = 32  # most programs among which the words of a tile of rows are divided
+SPAN = 256  # places; a program resolves the groups that begin in its span
+BLOCK, RESOLVE_WARPS = 1024, 16  # boxes resolved at a time; their bits among each other, 128 KB, stay in registers
+EMIT_ROWS, EMIT_COLUMNS, EMIT_WARPS = 8, 512, 8
 
 
-@triton.jit
-def _is_present(boxes, scores, at, inside):
-    """Boxes that take part: score neither NaN nor -inf, corners finite."""
-    score = tl.load(scores + at, mask=inside, other=float("-inf"))
-    present = inside & (score == score) & (score != float("-inf"))
-    for side in tl.static_range(4):
-        present &= is_finite(tl.load(boxes + at * 4 + side, mask=inside, other=float("nan")))
-    return present, _score_key(score)
-
-
-@triton.jit
-def _write_sorted(boxes, groups, at, to, sorted_boxes, sorted_groups, plane, mask):
-    """Box ``at`` to place ``to`` of the planes x1, y1, x2, y2, area; ``plane`` is the length of one."""
-    x1 = tl.load(boxes + at * 4, mask=mask)
-    y1 = tl.load(boxes + at * 4 + 1, mask=mask)
-    x2 = tl.load(boxes + at * 4 + 2, mask=mask)
-    y2 = tl.load(boxes + at * 4 + 3, mask=mask)
-    tl.store(sorted_boxes + to, x1, mask=mask)
-    tl.store(sorted_boxes + plane + to, y1, mask=mask)
-    tl.store(sorted_boxes + 2 * plane + to, x2, mask=mask)
-    tl.store(sorted_boxes + 3 * plane + to, y2, mask=mask)
-    tl.store(sorted_boxes + 4 * plane + to, (x2 - x1) * (y2 - y1), mask=mask)
-    tl.store(sorted_groups + to, tl.load(groups + at, mask=mask), mask=mask)
-
-
-@triton.jit(do_not_specialize=["K"])
-def rank_kernel(
-    boxes, scores, groups, order, sorted_boxes, sorted_groups, present_counts, K,
+@triton.jit(do_not_specialize=["K", "words"])
+def overlap_kernel(
+    sorted_boxes, group_begins, present_counts, bits, K, words, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(K / ROWS), N). A present box's place is the number of present boxes before it."""
-    image = tl.program_id(1).to(tl.int64)
-    plane = tl.num_programs(1).to(tl.int64) * K
-    first = image * K
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    present, key = _is_present(boxes, scores, first + rows, rows < K)
-    if (tl.program_id(0) == 0) | (tl.max(present.to(tl.int32), axis=0) > 0):
-        before = tl.zeros([ROWS], tl.int32)
-        total = 0
-        for start in range(0, K, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            other_present, other_key = _is_present(boxes, scores, first + columns, columns < K)
-            count = tl.sum(other_present.to(tl.int32), axis=0)
-            total += count
-            if count > 0:
-                better = (other_key[None, :] > key[:, None]) | (
-                    (other_key[None, :] == key[:, None]) & (columns[None, :] < rows[:, None])
-                )
-                before += tl.sum((better & other_present[None, :]).to(tl.int32), axis=1)
-        tl.store(order + first + before, rows.to(tl.int64), mask=present)
-        _write_sorted(boxes, groups, first + rows, first + before, sorted_boxes, sorted_groups, plane, present)
-        if tl.program_id(0) == 0:
-            tl.store(present_counts + image, total)
+    """Grid (any, shares, N). Bit c % 32 of word c // 32 of a row: the box at place c is better and overlaps it.
 
-
-@triton.jit(do_not_specialize=["K"])
-def gather_kernel(
-    boxes, scores, groups, order, sorted_boxes, sorted_groups, present_counts, K, ROWS: tl.constexpr
-):  # fmt: skip
-    """Grid (ceil(K / ROWS), N). Boxes in an order that sorting gave, the present ones first."""
-    image = tl.program_id(1).to(tl.int64)
-    plane = tl.num_programs(1).to(tl.int64) * K
-    places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = places < K
-    at = image * K + tl.load(order + image * K + places, mask=inside, other=0)
-    present, _ = _is_present(boxes, scores, at, inside)
-    _write_sorted(boxes, groups, at, image * K + places, sorted_boxes, sorted_groups, plane, present)
-    tl.atomic_add(present_counts + image, tl.sum(present.to(tl.int32), axis=0))
+    Word w is at ``bits[w % words, row]``, from that of the first place of the row's group to its own. Were a
+    group larger than promised, the words that are too many would be missing.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    plane = tl.num_programs(2).to(tl.int64) * K
+    count = tl.load(present_counts + image)
+    boxes = sorted_boxes + image * K
+    for row in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        rows = row + tl.arange(0, ROWS)
+        inside = rows < count
+        begin = tl.load(group_begins + image * K + rows, mask=inside, other=0)
+        ax1 = tl.load(boxes + rows, mask=inside, other=0.0)[None, :]
+        ay1 = tl.load(boxes + plane + rows, mask=inside, other=0.0)[None, :]
+        ax2 = tl.load(boxes + 2 * plane + rows, mask=inside, other=0.0)[None, :]
+        ay2 = tl.load(boxes + 3 * plane + rows, mask=inside, other=0.0)[None, :]
+        a_area = tl.load(boxes + 4 * plane + rows, mask=inside, other=0.0)[None, :]
+        first_word = tl.load(group_begins + image * K + row) // 32 + tl.program_id(1)
+        last_word = (tl.minimum(row + ROWS, count) - 1) // 32
+        for word in range(first_word, last_word + 1, tl.num_programs(1)):
+            packed = tl.zeros([ROWS], tl.int32)
+            for bit in range(0, 32, COLUMNS):
+                shifts = bit + tl.arange(0, COLUMNS)
+                columns = word * 32 + shifts
+                there = columns < count
+                bx1 = tl.load(boxes + columns, mask=there, other=0.0)[:, None]
+                by1 = tl.load(boxes + plane + columns, mask=there, other=0.0)[:, None]
+                bx2 = tl.load(boxes + 2 * plane + columns, mask=there, other=0.0)[:, None]
+                by2 = tl.load(boxes + 3 * plane + columns, mask=there, other=0.0)[:, None]
+                b_area = tl.load(boxes + 4 * plane + columns, mask=there, other=0.0)[:, None]
+                width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+                height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+                shared = width * height
+                iou = tl.div_rn(shared, (b_area + a_area) - shared)  # NaN where nothing has an area: not above
+                over = (iou > threshold) & (columns[:, None] < rows[None, :]) & (columns[:, None] >= begin[None, :])
+                packed |= tl.sum(over.to(tl.int32) << shifts[:, None], axis=0)
+            own = inside & (word >= begin // 32) & (word <= rows // 32) & (word > rows // 32 - words)
+            tl.store(bits + (image * words + word % words) * K + rows, packed, mask=own)
 
 
 @triton.jit
-def _overlap(sorted_boxes, sorted_groups, plane, worse, better, worse_inside, better_inside, threshold):
-    """Whether each of ``worse`` (R,) has IoU > threshold with each of ``better`` (C,) of its group: (R, C)."""
-    ax1 = tl.load(sorted_boxes + worse, mask=worse_inside, other=0.0)[:, None]
-    ay1 = tl.load(sorted_boxes + plane + worse, mask=worse_inside, other=0.0)[:, None]
-    ax2 = tl.load(sorted_boxes + 2 * plane + worse, mask=worse_inside, other=0.0)[:, None]
-    ay2 = tl.load(sorted_boxes + 3 * plane + worse, mask=worse_inside, other=0.0)[:, None]
-    a_area = tl.load(sorted_boxes + 4 * plane + worse, mask=worse_inside, other=0.0)[:, None]
-    a_group = tl.load(sorted_groups + worse, mask=worse_inside, other=0)[:, None]
-    bx1 = tl.load(sorted_boxes + better, mask=better_inside, other=0.0)[None, :]
-    by1 = tl.load(sorted_boxes + plane + better, mask=better_inside, other=0.0)[None, :]
-    bx2 = tl.load(sorted_boxes + 2 * plane + better, mask=better_inside, other=0.0)[None, :]
-    by2 = tl.load(sorted_boxes + 3 * plane + better, mask=better_inside, other=0.0)[None, :]
-    b_area = tl.load(sorted_boxes + 4 * plane + better, mask=better_inside, other=0.0)[None, :]
-    b_group = tl.load(sorted_groups + better, mask=better_inside, other=0)[None, :]
-    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
-    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
-    shared = width * height
-    iou = tl.div_rn(shared, (b_area + a_area) - shared)  # NaN where nothing has an area: not above
-    return (iou > threshold) & (a_group == b_group) & worse_inside[:, None] & better_inside[None, :]
+def _next_group(group_begins, group_ends, place, count):
+    """The first place from ``place`` on at which a group begins, or ``count``."""
+    begin = tl.load(group_begins + place, mask=place < count, other=0)
+    end = tl.load(group_ends + place, mask=place < count, other=0)
+    return tl.where(place < count, tl.where(begin == place, place, end), count)
 
 
-@triton.jit(do_not_specialize=["K", "start", "max_out"])
-def suppress_kernel(
-    sorted_boxes, sorted_groups, present_counts, kept_places, kept_counts, alive,
-    K, start, max_out, threshold,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Grid (CHUNK / ROWS, N). ``alive``: which boxes of the chunk no kept box of an earlier one overlaps."""
-    image = tl.program_id(1).to(tl.int64)
-    plane = tl.num_programs(1).to(tl.int64) * K
-    slots = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    places = start + slots
-    inside = places < tl.load(present_counts + image)
-    kept = tl.load(kept_counts + image)
-    if (kept < max_out) & (tl.max(inside.to(tl.int32), axis=0) > 0):
-        hit = tl.zeros([ROWS], tl.int32)
-        for base in range(0, kept, COLUMNS):
-            columns = base + tl.arange(0, COLUMNS)
-            better = tl.load(kept_places + image * K + columns, mask=columns < kept, other=0)
-            over = _overlap(
-                sorted_boxes + image * K, sorted_groups + image * K, plane, places, better, inside, columns < kept,
-                threshold,
-            )  # fmt: skip
-            hit = tl.maximum(hit, tl.max(over.to(tl.int32), axis=1))
-        tl.store(alive + image * CHUNK + slots, (hit == 0).to(tl.int8))
-
-
-@triton.jit(do_not_specialize=["K", "start", "max_out"])
-def overlap_kernel(
-    sorted_boxes, sorted_groups, present_counts, kept_counts, bits,
-    K, start, max_out, threshold,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Grid (CHUNK / ROWS, shares, N). Bit j of row i: box j of the chunk is better and overlaps box i."""
-    image = tl.program_id(2).to(tl.int64)
-    plane = tl.num_programs(2).to(tl.int64) * K
-    count = tl.load(present_counts + image) - start
-    row = tl.program_id(0) * ROWS
-    rows = row + tl.arange(0, ROWS)
-    if (row < count) & (tl.load(kept_counts + image) < max_out):
-        for column in range(tl.program_id(1) * COLUMNS, row + ROWS, tl.num_programs(1) * COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            over = _overlap(
-                sorted_boxes + image * K, sorted_groups + image * K, plane, start + rows, start + columns,
-                rows < count, columns < count, threshold,
-            )  # fmt: skip
-            over &= columns[None, :] < rows[:, None]
-            words = tl.reshape(over.to(tl.int32), [ROWS, COLUMNS // 32, 32]) << tl.arange(0, 32)[None, None, :]
-            word = column // 32 + tl.arange(0, COLUMNS // 32)
-            at = (image * CHUNK + rows[:, None]) * (CHUNK // 32) + word[None, :]
-            tl.store(bits + at, tl.sum(words, axis=2))
-
-
-@triton.jit(do_not_specialize=["K", "start", "max_out"])
+@triton.jit(do_not_specialize=["K", "words"])
 def resolve_kernel(
-    bits, alive, order, present_counts, kept_words, kept_places, kept_counts, keep, counts,
-    K, start, max_out,
-    IS_FIRST: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    bits, sorted_keys, group_begins, group_ends, present_counts, kept_words, kept_keys, kept_counts, K, words,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,). Which boxes of the chunk are kept, given which better ones of it each overlaps."""
-    image = tl.program_id(0).to(tl.int64)
-    words: tl.constexpr = BLOCK // 32
-    count = tl.load(present_counts + image) - start
-    kept = 0
-    if not IS_FIRST:
-        kept = tl.load(kept_counts + image)
-    base = 0
-    while (base < count) & (base < CHUNK) & (kept < max_out):
-        slots = base + tl.arange(0, BLOCK)
-        eligible = slots < count
-        if not IS_FIRST:
-            eligible &= tl.load(alive + image * CHUNK + slots, mask=eligible, other=0) != 0
-        row = (image * CHUNK + slots[:, None]) * (CHUNK // 32) + tl.arange(0, words)[None, :]
-        for earlier in range(0, base, BLOCK):
-            word = earlier // 32 + tl.arange(0, words)
-            before = tl.load(bits + row + earlier // 32, mask=(slots < count)[:, None], other=0)
-            known = tl.load(kept_words + image * (CHUNK // 32) + word)
-            eligible &= tl.max(((before & known[None, :]) != 0).to(tl.int32), axis=1) == 0
-        # Words beyond the diagonal belong to worse boxes and were never written.
-        better = (slots < count)[:, None] & (base + 32 * tl.arange(0, words)[None, :] <= slots[:, None])
-        among = tl.load(bits + row + base // 32, mask=better, other=0)
-        alone = eligible
-        packed = tl.zeros([words], tl.int32)
-        changed = 1
-        while changed > 0:
-            packed = tl.sum(tl.reshape(alone.to(tl.int32), [words, 32]) << tl.arange(0, 32)[None, :], axis=1)
-            settled = eligible & (tl.max(((among & packed[None, :]) != 0).to(tl.int32), axis=1) == 0)
-            changed = tl.sum((settled != alone).to(tl.int32), axis=0)
-            alone = settled
-        tl.store(kept_words + image * (CHUNK // 32) + base // 32 + tl.arange(0, words), packed)
-        chosen = alone.to(tl.int32)
-        to = kept + tl.cumsum(chosen, axis=0) - chosen
-        index = tl.load(order + image * K + start + slots, mask=alone, other=0)
-        tl.store(keep + image * max_out + to, index, mask=alone & (to < max_out))
-        tl.store(kept_places + image * K + to, start + slots, mask=alone)
-        kept += tl.sum(chosen, axis=0)
-        base += BLOCK
-        tl.debug_barrier()  # the words written are read by other threads of this program next time
-    tl.store(kept_counts + image, kept)
-    tl.store(counts + image, tl.minimum(kept, max_out).to(tl.int64))
+    """Grid (ceil(K / SPAN), N). The keys of kept boxes, in any order, of the groups that begin in a span."""
+    image = tl.program_id(1).to(tl.int64)
+    block_words: tl.constexpr = BLOCK // 32
+    first = image * K
+    bits += image * words * K
+    kept_words += image * (K // 32 + 1)
+    count = tl.load(present_counts + image)
+    if tl.program_id(0) * SPAN < count:
+        begin = _next_group(group_begins + first, group_ends + first, tl.program_id(0) * SPAN, count)
+        end = _next_group(group_begins + first, group_ends + first, (tl.program_id(0) + 1) * SPAN, count)
+        first_base = begin // 32 * 32
+        base = tl.where(begin < end, first_base, end)
+        while base < end:
+            places = base + tl.arange(0, BLOCK)
+            eligible = (places >= begin) & (places < end)
+            lowest = tl.load(group_begins + first + places, mask=eligible, other=0) // 32
+            lowest = tl.maximum(lowest, places // 32 - words + 1)
+            highest = tl.where(eligible, places // 32, -1)
+            for earlier in range(first_base, base, BLOCK):
+                word = earlier // 32 + tl.arange(0, block_words)
+                written = (word[:, None] >= lowest[None, :]) & (word[:, None] <= highest[None, :])
+                before = tl.load(bits + (word % words)[:, None] * K + places[None, :], mask=written, other=0)
+                known = tl.load(kept_words + word)
+                eligible &= tl.max(((before & known[:, None]) != 0).to(tl.int32), axis=0) == 0
+            word = base // 32 + tl.arange(0, block_words)
+            written = (word[:, None] >= lowest[None, :]) & (word[:, None] <= highest[None, :])
+            among = tl.load(bits + (word % words)[:, None] * K + places[None, :], mask=written, other=0)
+            alone = eligible
+            packed = tl.zeros([block_words], tl.int32)
+            changed = 1
+            while changed > 0:
+                packed = tl.sum(tl.reshape(alone.to(tl.int32), [block_words, 32]) << tl.arange(0, 32)[None, :], axis=1)
+                settled = eligible & (tl.max(((among & packed[:, None]) != 0).to(tl.int32), axis=0) == 0)
+                changed = tl.sum((settled != alone).to(tl.int32), axis=0)
+                alone = settled
+            chosen = alone.to(tl.int32)
+            to = tl.atomic_add(kept_counts + image, tl.sum(chosen, axis=0), sem="relaxed")
+            key = tl.load(sorted_keys + first + places, mask=alone, other=0)
+            tl.store(kept_keys + first + to + tl.cumsum(chosen, axis=0) - chosen, key, mask=alone)
+            base += BLOCK
+            if base < end:  # not the last word of all, which the next program's groups may share
+                tl.store(kept_words + word, packed)
+                tl.debug_barrier()  # other threads of this program read them next time
+
+
+@triton.jit(do_not_specialize=["K", "max_out"])
+def emit_kernel(
+    kept_keys, kept_counts, keep, counts, K, max_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Grid (any, N). The indices of kept boxes, best first, and -1 behind them."""
+    image = tl.program_id(1).to(tl.int64)
+    kept = tl.load(kept_counts + image)
+    kept_keys += image * K
+    keep += image * max_out
+    for row in range(tl.program_id(0) * ROWS, kept, tl.num_programs(0) * ROWS):
+        rows = row + tl.arange(0, ROWS)
+        key = tl.load(kept_keys + rows, mask=rows < kept, other=0)
+        before = tl.zeros([ROWS, COLUMNS], tl.int32)
+        for column in range(0, kept, COLUMNS):
+            columns = column + tl.arange(0, COLUMNS)
+            other = tl.load(kept_keys + columns, mask=columns < kept, other=-0x7FFFFFFFFFFFFFFF)  # below -inf's
+            before += (other[None, :] > key[:, None]).to(tl.int32)
+        to = tl.sum(before, axis=1)
+        tl.store(keep + to, index_of(key), mask=(rows < kept) & (to < max_out))
+    for slot in range(tl.program_id(0) * COLUMNS, max_out, tl.num_programs(0) * COLUMNS):
+        slots = slot + tl.arange(0, COLUMNS)
+        tl.store(keep + slots, tl.zeros([COLUMNS], tl.int64) - 1, mask=(slots >= kept) & (slots < max_out))
+    if tl.program_id(0) == 0:
+        tl.store(counts + image, tl.minimum(kept, max_out).to(tl.int64))
 
 
 def launch_padded_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_out: int, largest_group: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fpn_kernels.padded_nms`, on the device of ``boxes``, without a word to the host."""
     n, k = scores.shape
     device = boxes.device
-    keep = torch.full((n, max_out), -1, dtype=torch.int64, device=device)
+    words = triton.cdiv(k if largest_group is None else min(k, largest_group), 32) + 1
+    if n * k == 0:
+        keep = torch.full((n, max_out), -1, dtype=torch.int64, device=device)
+        return keep, torch.zeros(n, dtype=torch.int64, device=device)
+    if n * k * words > MOST_WORDS:
+        return launch_in_chunks(boxes, scores, groups, iou_threshold, max_out)
+
+    keep = torch.empty(n, max_out, dtype=torch.int64, device=device)
     counts = torch.empty(n, dtype=torch.int64, device=device)
-    if n == 0 or k == 0:
-        return keep, counts.zero_()
-    boxes, scores, groups = boxes.contiguous(), scores.contiguous(), groups.contiguous()
-    chunk = min(CHUNK, triton.cdiv(k, BLOCK) * BLOCK)
-    sorted_boxes = torch.empty(5, n, k, dtype=torch.float32, device=device)
-    sorted_groups = torch.empty(n, k, dtype=torch.int64, device=device)
-    present_counts, kept_counts = torch.zeros(2, n, dtype=torch.int32, device=device)
-    kept_places = torch.empty(n, k, dtype=torch.int32, device=device)
-    kept_words = torch.empty(n, chunk // 32, dtype=torch.int32, device=device)
-    bits = torch.empty(n, chunk, chunk // 32, dtype=torch.int32, device=device)
-    alive = torch.empty(n, chunk, dtype=torch.int8, device=device)
+    kept_keys = torch.empty(n, k, dtype=torch.int64, device=device)
+    kept_words = torch.empty(n, k // 32 + 1, dtype=torch.int32, device=device)
+    bits = torch.empty(n, words, k, dtype=torch.int32, device=device)
+    share = triton.cdiv(PROGRAMS, n)
+    overlap_tiles = min(triton.cdiv(k, OVERLAP_ROWS), share)
     exact = {"enable_fp_fusion": False}
 
-    if k <= COUNTED:
-        order = torch.empty(n, k, dtype=torch.int64, device=device)
-        rank_kernel[(triton.cdiv(k, RANK_ROWS), n)](
-            boxes, scores, groups, order, sorted_boxes, sorted_groups, present_counts, k,
-            ROWS=RANK_ROWS, COLUMNS=RANK_COLUMNS, num_warps=4, **exact,
-        )  # fmt: skip
-    else:
-        order = _sort(boxes, scores)
-        gather_kernel[(triton.cdiv(k, 1024), n)](
-            boxes, scores, groups, order, sorted_boxes, sorted_groups, present_counts, k,
-            ROWS=1024, num_warps=4, **exact,
-        )  # fmt: skip
-    for start in range(0, k, chunk):
-        if start:
-            suppress_kernel[(chunk // SUPPRESS_ROWS, n)](
-                sorted_boxes, sorted_groups, present_counts, kept_places, kept_counts, alive,
-                k, start, max_out, iou_threshold,
-                ROWS=SUPPRESS_ROWS, COLUMNS=SUPPRESS_COLUMNS, CHUNK=chunk, num_warps=4, **exact,
-            )  # fmt: skip
-        overlap_kernel[(chunk // OVERLAP_ROWS, OVERLAP_SHARES, n)](
-            sorted_boxes, sorted_groups, present_counts, kept_counts, bits,
-            k, start, max_out, iou_threshold,
-            ROWS=OVERLAP_ROWS, COLUMNS=OVERLAP_COLUMNS, CHUNK=chunk, num_warps=OVERLAP_WARPS, **exact,
-        )  # fmt: skip
-        resolve_kernel[(n,)](
-            bits, alive, order, present_counts, kept_words, kept_places, kept_counts, keep, counts,
-            k, start, max_out,
-            IS_FIRST=start == 0, BLOCK=BLOCK, CHUNK=chunk, num_warps=16, **exact,
-        )  # fmt: skip
+    order = launch_order(boxes, scores, groups, share)
+    sorted_boxes, sorted_keys, group_begins, group_ends, present_counts, kept_counts = order
+    overlap_kernel[(overlap_tiles, min(OVERLAP_SHARES, triton.cdiv(share, overlap_tiles)), n)](
+        sorted_boxes, group_begins, present_counts, bits, k, words, iou_threshold,
+        ROWS=OVERLAP_ROWS, COLUMNS=OVERLAP_COLUMNS, num_warps=OVERLAP_WARPS, **exact,
+    )  # fmt: skip
+    resolve_kernel[(triton.cdiv(k, SPAN), n)](
+        bits, sorted_keys, group_begins, group_ends, present_counts, kept_words, kept_keys, kept_counts, k,
+        words, SPAN=SPAN, BLOCK=BLOCK, num_warps=RESOLVE_WARPS, **exact,
+    )  # fmt: skip
+    emit_kernel[(min(triton.cdiv(k, EMIT_ROWS), share), n)](
+        kept_keys, kept_counts, keep, counts, k, max_out,
+        ROWS=EMIT_ROWS, COLUMNS=EMIT_COLUMNS, num_warps=EMIT_WARPS, **exact,
+    )  # fmt: skip
     return keep, counts
 
 
-def _sort(boxes: Tensor, scores: Tensor) -> Tensor:
-    """(N, K) int64 indices by descending score, ties by lower index, absent boxes last."""
-    present = ~(scores.isnan() | (scores == -torch.inf)) & boxes.isfinite().all(dim=-1)
-    scores = torch.where(present, scores + 0.0, -torch.inf)
-    return scores.sort(dim=1, descending=True, stable=True).indices
-
-
-_SORTED = {
-    "boxes": "*fp32", "scores": "*fp32", "groups": "*i64", "order": "*i64", "sorted_boxes": "*fp32",
-    "sorted_groups": "*i64", "present_counts": "*i32", "K": "i32",
-}  # fmt: skip
-_CHUNKED = {"K": "i32", "start": "i32", "max_out": "i32"}
-_TABLES = {"sorted_boxes": "*fp32", "sorted_groups": "*i64", "present_counts": "*i32"}
 BUILDS = (
-    Build(kernel=rank_kernel, signature=_SORTED, constants={"ROWS": RANK_ROWS, "COLUMNS": RANK_COLUMNS}),
-    Build(kernel=gather_kernel, signature=_SORTED, constants={"ROWS": 1024}),
-    Build(
-        kernel=suppress_kernel,
-        signature={
-            **_TABLES, "kept_places": "*i32", "kept_counts": "*i32", "alive": "*i8", **_CHUNKED, "threshold": "fp32",
-        },
-        constants={"ROWS": SUPPRESS_ROWS, "COLUMNS": SUPPRESS_COLUMNS, "CHUNK": CHUNK},
-    ),
     Build(
         kernel=overlap_kernel,
-        signature={**_TABLES, "kept_counts": "*i32", "bits": "*i32", **_CHUNKED, "threshold": "fp32"},
-        constants={"ROWS": OVERLAP_ROWS, "COLUMNS": OVERLAP_COLUMNS, "CHUNK": CHUNK},
+        signature={
+            "sorted_boxes": "*fp32", "group_begins": "*i32", "present_counts": "*i32", "bits": "*i32", "K": "i32",
+            "words": "i32", "threshold": "fp32",
+        },
+        constants={"ROWS": OVERLAP_ROWS, "COLUMNS": OVERLAP_COLUMNS},
         num_warps=OVERLAP_WARPS,
     ),
-    *(
-        Build(
-            kernel=resolve_kernel,
-            variant="first" if is_first else "later",
-            signature={
-                "bits": "*i32", "alive": "*i8", "order": "*i64", "present_counts": "*i32", "kept_words": "*i32",
-                "kept_places": "*i32", "kept_counts": "*i32", "keep": "*i64", "counts": "*i64", **_CHUNKED,
-            },
-            constants={"IS_FIRST": is_first, "BLOCK": BLOCK, "CHUNK": CHUNK},
-            num_warps=16,
-        )
-        for is_first in (True, False)
+    Build(
+        kernel=resolve_kernel,
+        signature={
+            "bits": "*i32", "sorted_keys": "*i64", "group_begins": "*i32", "group_ends": "*i32",
+            "present_counts": "*i32", "kept_words": "*i32", "kept_keys": "*i64", "kept_counts": "*i32", "K": "i32",
+            "words": "i32",
+        },
+        constants={"SPAN": SPAN, "BLOCK": BLOCK},
+        num_warps=RESOLVE_WARPS,
+    ),
+    Build(
+        kernel=emit_kernel,
+        signature={
+            "kept_keys": "*i64", "kept_counts": "*i32", "keep": "*i64", "counts": "*i64", "K": "i32", "max_out": "i32",
+        },
+        constants={"ROWS": EMIT_ROWS, "COLUMNS": EMIT_COLUMNS},
+        num_warps=EMIT_WARPS,
     ),
 )  # fmt: skip
