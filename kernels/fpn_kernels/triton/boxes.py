@@ -21,7 +21,7 @@ def is_present(boxes, scores, at, inside):
     score = tl.load(scores + at, mask=inside, other=float("-inf"))
     present = inside & (score == score) & (score != float("-inf"))
     for side in tl.static_range(4):
-        present &= is_finite(tl.load(boxes + at * 4 + side, mask=present, other=float("nan")))
+        present &= is_finite(tl.load(boxes + at * 4 + side, mask=inside, other=float("nan")))
     return present
 
 

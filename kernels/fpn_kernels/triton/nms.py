@@ -25,7 +25,7 @@ OVERLAP_ROWS, OVERLAP_COLUMNS, OVERLAP_WARPS = 128, 16, 4  # a thread has a row 
 OVERLAP_SHARES = 32  # most programs among which the words of a tile of rows are divided
 SPAN = 256  # places; a program resolves the groups that begin in its span
 BLOCK, RESOLVE_WARPS = 1024, 16  # boxes resolved at a time; their bits among each other, 128 KB, stay in registers
-EMIT_ROWS, EMIT_COLUMNS, EMIT_WARPS = 8, 512, 8
+EMIT_ROWS, EMIT_COLUMNS, EMIT_WARPS = 4, 1024, 8
 
 
 @triton.jit(do_not_specialize=["K", "words"])
@@ -55,23 +55,32 @@ def overlap_kernel(
         last_word = (tl.minimum(row + ROWS, count) - 1) // 32
         for word in range(first_word, last_word + 1, tl.num_programs(1)):
             packed = tl.zeros([ROWS], tl.int32)
-            for bit in range(0, 32, COLUMNS):
-                shifts = bit + tl.arange(0, COLUMNS)
-                columns = word * 32 + shifts
-                there = columns < count
-                bx1 = tl.load(boxes + columns, mask=there, other=0.0)[:, None]
-                by1 = tl.load(boxes + plane + columns, mask=there, other=0.0)[:, None]
-                bx2 = tl.load(boxes + 2 * plane + columns, mask=there, other=0.0)[:, None]
-                by2 = tl.load(boxes + 3 * plane + columns, mask=there, other=0.0)[:, None]
-                b_area = tl.load(boxes + 4 * plane + columns, mask=there, other=0.0)[:, None]
+            for bit in tl.static_range(0, 32, COLUMNS):
+                at = (
+                    boxes + word * 32 + bit + tl.arange(0, COLUMNS)
+                )  # past the last box there is room, and no bit below
+                bx1 = tl.load(at)[:, None]
+                by1 = tl.load(at + plane)[:, None]
+                bx2 = tl.load(at + 2 * plane)[:, None]
+                by2 = tl.load(at + 3 * plane)[:, None]
+                b_area = tl.load(at + 4 * plane)[:, None]
                 width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
                 height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
                 shared = width * height
                 iou = tl.div_rn(shared, (b_area + a_area) - shared)  # NaN where nothing has an area: not above
-                over = (iou > threshold) & (columns[:, None] < rows[None, :]) & (columns[:, None] >= begin[None, :])
-                packed |= tl.sum(over.to(tl.int32) << shifts[:, None], axis=0)
+                packed |= tl.sum((iou > threshold).to(tl.int32) << (bit + tl.arange(0, COLUMNS))[:, None], axis=0)
+            before = rows - word * 32  # bits of better boxes, those below that of the row itself
+            packed &= tl.where(before < 32, (1 << tl.minimum(tl.maximum(before, 0), 31)) - 1, -1)
+            packed &= -1 << tl.minimum(tl.maximum(begin - word * 32, 0), 31)
             own = inside & (word >= begin // 32) & (word <= rows // 32) & (word > rows // 32 - words)
             tl.store(bits + (image * words + word % words) * K + rows, packed, mask=own)
+
+
+@triton.jit
+def _row_of(word, words, COUNT: tl.constexpr):
+    """(COUNT,) rows of the bits of the words from ``word`` on; at most ``words`` of them, so that none comes twice."""
+    row = word % words + tl.arange(0, COUNT)
+    return tl.where(row < words, row, row - words)
 
 
 @triton.jit
@@ -102,18 +111,25 @@ def resolve_kernel(
         while base < end:
             places = base + tl.arange(0, BLOCK)
             eligible = (places >= begin) & (places < end)
+            key = tl.load(sorted_keys + first + places, mask=eligible, other=0)
             lowest = tl.load(group_begins + first + places, mask=eligible, other=0) // 32
             lowest = tl.maximum(lowest, places // 32 - words + 1)
             highest = tl.where(eligible, places // 32, -1)
             for earlier in range(first_base, base, BLOCK):
                 word = earlier // 32 + tl.arange(0, block_words)
                 written = (word[:, None] >= lowest[None, :]) & (word[:, None] <= highest[None, :])
-                before = tl.load(bits + (word % words)[:, None] * K + places[None, :], mask=written, other=0)
+                before = tl.load(
+                    bits + _row_of(earlier // 32, words, block_words)[:, None] * K + places[None, :],
+                    mask=written,
+                    other=0,
+                )
                 known = tl.load(kept_words + word)
                 eligible &= tl.max(((before & known[:, None]) != 0).to(tl.int32), axis=0) == 0
             word = base // 32 + tl.arange(0, block_words)
             written = (word[:, None] >= lowest[None, :]) & (word[:, None] <= highest[None, :])
-            among = tl.load(bits + (word % words)[:, None] * K + places[None, :], mask=written, other=0)
+            among = tl.load(
+                bits + _row_of(base // 32, words, block_words)[:, None] * K + places[None, :], mask=written, other=0
+            )
             alone = eligible
             packed = tl.zeros([block_words], tl.int32)
             changed = 1
@@ -124,7 +140,6 @@ def resolve_kernel(
                 alone = settled
             chosen = alone.to(tl.int32)
             to = tl.atomic_add(kept_counts + image, tl.sum(chosen, axis=0), sem="relaxed")
-            key = tl.load(sorted_keys + first + places, mask=alone, other=0)
             tl.store(kept_keys + first + to + tl.cumsum(chosen, axis=0) - chosen, key, mask=alone)
             base += BLOCK
             if base < end:  # not the last word of all, which the next program's groups may share
@@ -164,7 +179,7 @@ def launch_padded_nms(
     """As :func:`fpn_kernels.padded_nms`, on the device of ``boxes``, without a word to the host."""
     n, k = scores.shape
     device = boxes.device
-    words = triton.cdiv(k if largest_group is None else min(k, largest_group), 32) + 1
+    words = max(triton.cdiv(k if largest_group is None else min(k, largest_group), 32) + 1, BLOCK // 32)
     if n * k == 0:
         keep = torch.full((n, max_out), -1, dtype=torch.int64, device=device)
         return keep, torch.zeros(n, dtype=torch.int64, device=device)

@@ -19,7 +19,7 @@ from fpn_kernels.triton.builds import Build
 
 BUCKET_BITS = 6
 BUCKET_TILE, BUCKET_WARPS = 64, 8
-RANK_ROWS, RANK_COLUMNS, RANK_WARPS = 8, 512, 4
+RANK_ROWS, RANK_COLUMNS, RANK_WARPS = 8, 256, 4
 RANK_ROUNDS = 1023  # of columns that are counted before ten bits could overflow
 
 
@@ -57,10 +57,10 @@ def bucket_kernel(
     lanes = tl.arange(0, TILE)
     buckets = tl.arange(0, 1 << BITS)
     slots = tl.program_id(0) * TILE + lanes
+    group = tl.load(groups + image * group_stride + slots, mask=slots < K, other=0)
     present = is_present(boxes, scores, image * K + slots, slots < K)
     number = tl.zeros([TILE], tl.int32) - 1
     if tl.max(present.to(tl.int32), axis=0) > 0:
-        group = tl.load(groups + image * group_stride + slots, mask=present, other=0)
         bucket = tl.where(present, _bucket_of(_mix_group(group, BITS), BITS), -1)
         its = bucket[:, None] == buckets[None, :]
         found = tl.sum(its.to(tl.int32), axis=0)
@@ -87,10 +87,11 @@ def list_kernel(
     slots = tl.program_id(0) * TILE + tl.arange(0, TILE)
     counts = tl.load(bucket_counts + image * (1 << BITS) + buckets)
     number = tl.load(numbers + image * K + slots, mask=slots < K, other=-1)
+    score = tl.load(scores + image * K + slots, mask=slots < K, other=0.0)
+    group = tl.load(groups + image * group_stride + slots, mask=slots < K, other=0)
     present = number >= 0
     if tl.max(present.to(tl.int32), axis=0) > 0:
-        score = tl.load(scores + image * K + slots, mask=present, other=0.0)
-        mixed = _mix_group(tl.load(groups + image * group_stride + slots, mask=present, other=0), BITS)
+        mixed = _mix_group(group, BITS)
         bucket = _bucket_of(mixed, BITS)[:, None]
         begin = tl.sum(tl.where(buckets[None, :] < bucket, counts[None, :], 0), axis=1)
         end = tl.sum(tl.where(buckets[None, :] <= bucket, counts[None, :], 0), axis=1)
@@ -165,7 +166,7 @@ def launch_order(
     Args: boxes, scores, groups as :func:`fpn_kernels.padded_nms` takes them, N and K at least 1; programs: most of an
         image in the last launch.
     Returns:
-        sorted_boxes: (5, N, K) float32, planes x1, y1, x2, y2 and area.
+        sorted_boxes: float32, planes x1, y1, x2, y2 and area of (N, K) each, with room for 32 more behind them.
         sorted_keys: (N, K) int64, larger the better, of which :func:`index_of` makes the index.
         group_begins, group_ends: (N, K) int32, the places of each place's group.
         present_counts: (N,) int32; behind them the above are undefined.
@@ -182,7 +183,7 @@ def launch_order(
     numbers, begins, ends, group_begins, group_ends = (
         torch.empty(n, k, dtype=torch.int32, device=device) for _ in range(5)
     )
-    sorted_boxes = torch.empty(5, n, k, dtype=torch.float32, device=device)
+    sorted_boxes = torch.empty(5 * n * k + 32, dtype=torch.float32, device=device)
     exact = {"enable_fp_fusion": False}
 
     bucket_kernel[(triton.cdiv(k, BUCKET_TILE), n)](
