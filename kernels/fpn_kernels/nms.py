@@ -124,7 +124,7 @@ def padded_nms(
     require_device(boxes=boxes, scores=scores, groups=groups)
     require(0.0 <= iou_threshold <= 1.0, "iou_threshold must be from 0 to 1, not {}", iou_threshold)
     require(max_out >= 1, "max_out must be at least 1, not {}", max_out)
-    require(largest_group is None or largest_group >= 1, "largest_group must be at least 1, not {}", largest_group)
+    require(largest_group is None or largest_group >= 0, "largest_group must be at least 0, not {}", largest_group)
     return _padded_nms(boxes.device, boxes, scores, groups, iou_threshold, max_out, largest_group)
 
 

@@ -239,7 +239,7 @@ def test_memory_stays_bounded_when_all_boxes_coincide():
         ({"iou_threshold": 1.1}, "iou_threshold must be from 0 to 1"),
         ({"iou_threshold": math.nan}, "iou_threshold must be from 0 to 1"),
         ({"max_out": 0}, "max_out must be at least 1"),
-        ({"largest_group": 0}, "largest_group must be at least 1"),
+        ({"largest_group": -1}, "largest_group must be at least 0"),
     ],
     ids=str,
 )
