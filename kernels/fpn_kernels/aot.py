@@ -31,6 +31,7 @@ MODULES = (
     "convolution",
     "decode",
     "epilogue",
+    "few_channels",
     "finiteness",
     "kept",
     "max_pool",

@@ -88,29 +88,40 @@ def _multiply(
 
 @triton.jit
 def _finish(
-    total, bias, residual, out, rows, columns, M, N, OUT_H, OUT_W, up_h, up_w, low, high,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FUNCTION: tl.constexpr,
+    total, bias, residual, out, first, columns, M, N, OUT_W, low, high,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, UP_H: tl.constexpr, UP_W: tl.constexpr, FUNCTION: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, and the store; rows and columns as they are, some outside."""
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    """What follows the product, and the store: rows from ``first`` on and columns as they are, some outside.
+
+    Places are reckoned from the first row's, in 32 bits: 64 would take the registers that a second program needs.
+    """
+    local = tl.arange(0, total.shape[0])
+    inside = (local < M - first)[:, None] & (columns < N)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < N).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
-        parents = find_parents(rows, OUT_H, OUT_W, up_h, up_w).to(tl.int64)
-        total += tl.load(residual + parents[:, None] * N + columns[None, :], mask=inside).to(tl.float32)
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(out + at, activate(total, low, high, FUNCTION), mask=inside)
+        if UP_H * UP_W == 1:
+            begin = first.to(tl.int64) * N
+            parents = local
+        else:
+            line = first // OUT_W // UP_H * UP_H
+            begin = (line // UP_H).to(tl.int64) * (OUT_W // UP_W) * N
+            parents = find_parents(first + local - line * OUT_W, OUT_W, UP_H, UP_W)
+        total += tl.load(residual + begin + (parents[:, None] * N + columns[None, :]), mask=inside).to(tl.float32)
+    at = local[:, None] * N + columns[None, :]
+    tl.store(out + first.to(tl.int64) * N + at, activate(total, low, high, FUNCTION), mask=inside)
 
 
 SIZES = ("M", "H", "W", "OUT_H", "OUT_W", "KH", "KW", "top", "left", "stride_h", "stride_w", "dilation_h", "dilation_w")
 
 
-@triton.jit(do_not_specialize=[*SIZES, "up_h", "up_w", "per", "span", "steps"])
+@triton.jit(do_not_specialize=[*SIZES, "per", "span", "steps"])
 def convolution_kernel(
     x, weight, bias, residual, out, shares, M, N, C, H, W, OUT_H, OUT_W, KH, KW, top, left,
-    stride_h, stride_w, dilation_h, dilation_w, up_h, up_w, low, high, per, span, steps,
-    MODE: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    FUNCTION: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_h, stride_w, dilation_h, dilation_w, low, high, per, span, steps,
+    MODE: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, UP_H: tl.constexpr,
+    UP_W: tl.constexpr, FUNCTION: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per tile, the columns of one row of tiles after another; SHARED: ceil(steps / per).
 
@@ -133,17 +144,17 @@ def convolution_kernel(
             tile = step // span
             first = step - tile * span
             last = tl.minimum(first + end - step, span)
-            rows = tile // n_tiles * BLOCK_M + local_rows
+            row = tile // n_tiles * BLOCK_M
             columns = tile % n_tiles * BLOCK_N + local_columns
             total = _multiply(
-                x, weight, tl.minimum(rows, M - 1), tl.minimum(columns, N - 1), first, tl.minimum(last, blocks),
-                C, H, W, OUT_H, OUT_W, KH, KW, top, left, stride_h, stride_w, dilation_h, dilation_w,
-                MODE, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+                x, weight, tl.minimum(row + local_rows, M - 1), tl.minimum(columns, N - 1),
+                first, tl.minimum(last, blocks), C, H, W, OUT_H, OUT_W, KH, KW, top, left,
+                stride_h, stride_w, dilation_h, dilation_w, MODE, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if last - first == span:
                 _finish(
-                    total, bias, residual, out, rows, columns, M, N, OUT_H, OUT_W, up_h, up_w, low, high,
-                    HAS_BIAS, HAS_RESIDUAL, FUNCTION,
+                    total, bias, residual, out, row, columns, M, N, OUT_W, low, high,
+                    HAS_BIAS, HAS_RESIDUAL, UP_H, UP_W, FUNCTION,
                 )  # fmt: skip
             else:
                 slot = tl.where(step == pid * per, pid, tl.num_programs(0) + pid).to(tl.int64)
@@ -151,23 +162,23 @@ def convolution_kernel(
                 tl.store(shares + at, total)
             step += last - first
     else:
-        rows = pid // n_tiles * BLOCK_M + local_rows
+        row = pid // n_tiles * BLOCK_M
         columns = pid % n_tiles * BLOCK_N + local_columns
         total = _multiply(
-            x, weight, tl.minimum(rows, M - 1), tl.minimum(columns, N - 1), 0, blocks,
+            x, weight, tl.minimum(row + local_rows, M - 1), tl.minimum(columns, N - 1), 0, blocks,
             C, H, W, OUT_H, OUT_W, KH, KW, top, left, stride_h, stride_w, dilation_h, dilation_w,
             MODE, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         _finish(
-            total, bias, residual, out, rows, columns, M, N, OUT_H, OUT_W, up_h, up_w, low, high,
-            HAS_BIAS, HAS_RESIDUAL, FUNCTION,
+            total, bias, residual, out, row, columns, M, N, OUT_W, low, high,
+            HAS_BIAS, HAS_RESIDUAL, UP_H, UP_W, FUNCTION,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "OUT_H", "OUT_W", "up_h", "up_w", "per", "span", "programs"])
+@triton.jit(do_not_specialize=["M", "OUT_W", "per", "span", "programs"])
 def reduce_kernel(
-    shares, bias, residual, out, M, N, OUT_H, OUT_W, up_h, up_w, low, high, per, span, programs,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FUNCTION: tl.constexpr,
+    shares, bias, residual, out, M, N, OUT_W, low, high, per, span, programs,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, UP_H: tl.constexpr, UP_W: tl.constexpr, FUNCTION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, BLOCK_M / ROWS): adds the shares of a tile in the order of its depth."""
@@ -177,18 +188,18 @@ def reduce_kernel(
     first = start // per
     last = (start + span - 1) // per
     if first != last:  # else one program had all of it
-        local_rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        local_row = tl.program_id(1) * ROWS
         local_columns = tl.arange(0, BLOCK_N)
-        at = local_rows[:, None] * BLOCK_N + local_columns[None, :]
+        at = (local_row + tl.arange(0, ROWS))[:, None] * BLOCK_N + local_columns[None, :]
         total = tl.zeros([ROWS, BLOCK_N], tl.float32)
         for program in range(first, last + 1):
             slot = tl.where(program * per >= start, program, programs + program).to(tl.int64)
             total += tl.load(shares + slot * (BLOCK_M * BLOCK_N) + at)
-        rows = tile // n_tiles * BLOCK_M + local_rows
+        row = tile // n_tiles * BLOCK_M + local_row
         columns = tile % n_tiles * BLOCK_N + local_columns
         _finish(
-            total, bias, residual, out, rows, columns, M, N, OUT_H, OUT_W, up_h, up_w, low, high,
-            HAS_BIAS, HAS_RESIDUAL, FUNCTION,
+            total, bias, residual, out, row, columns, M, N, OUT_W, low, high,
+            HAS_BIAS, HAS_RESIDUAL, UP_H, UP_W, FUNCTION,
         )  # fmt: skip
 
 
@@ -239,16 +250,18 @@ def launch_convolution(
     if shared:
         slots = shares.programs * (2 if split == STREAM else 1)
         workspace = torch.empty(slots * tile.m * tile.n, dtype=torch.float32, device=x.device)
-    flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "FUNCTION": function}
+    up_h, up_w = upsample if residual is not None else (1, 1)
+    flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "UP_H": up_h, "UP_W": up_w}
+    flags |= {"FUNCTION": function}
     convolution_kernel[(shares.programs if shared else tiles,)](
         x, weight, bias, residual, out, workspace, m, n, c, h, w, out_h, out_w, *kernel, *padding,
-        *stride, *dilation, *upsample, *bounds, shares.per, shares.span, shares.steps,
+        *stride, *dilation, *bounds, shares.per, shares.span, shares.steps,
         MODE=mode, EVEN=c % tile.k == 0, **flags, SHARED=shared, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        num_warps=tile.warps, num_stages=min(tile.stages, blocks + 1), enable_fp_fusion=False,
     )  # fmt: skip
     if shared:
         reduce_kernel[(tiles, triton.cdiv(tile.m, REDUCED_ROWS))](
-            workspace, bias, residual, out, m, n, out_h, out_w, *upsample, *bounds,
+            workspace, bias, residual, out, m, n, out_w, *bounds,
             shares.per, shares.span, shares.programs,
             **flags, BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCED_ROWS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -289,6 +302,7 @@ def _build(
     *,
     shared: bool = False,
     residual: bool = False,
+    up: int = 1,
     function: int = CLIP,
     out: torch.dtype | None = None,
     even: bool = True,
@@ -297,8 +311,9 @@ def _build(
     absent |= {} if shared else {"shares": None}
     types = {name: f"*{_name(dtype)}" for name in ("x", "weight", "bias", "residual", "out", "shares")}
     types |= {"out": f"*{_name(out or dtype)}", "shares": "*fp32"}
-    integers = ("M", "N", "C", *SIZES[1:], "up_h", "up_w", "per", "span", "steps")
-    kind = ("dense", "strided", "window", "flat")[mode] + " residual" * residual + " shared" * shared
+    integers = ("M", "N", "C", *SIZES[1:], "per", "span", "steps")
+    kind = ("dense", "strided", "window", "flat")[mode] + (" lateral" if up > 1 else " residual") * residual
+    kind += " shared" * shared
     kind += " hardswish" * (function == HARDSWISH) + (f" to {_name(out)}" if out else "") + " ragged" * (not even)
     return Build(
         kernel=convolution_kernel,
@@ -307,7 +322,8 @@ def _build(
         | dict.fromkeys(integers, "i32")
         | dict.fromkeys(("low", "high"), "fp32"),
         constants={
-            "MODE": mode, "EVEN": even, "HAS_BIAS": True, "HAS_RESIDUAL": residual, "FUNCTION": function,
+            "MODE": mode, "EVEN": even, "HAS_BIAS": True, "HAS_RESIDUAL": residual,
+            "UP_H": up, "UP_W": up, "FUNCTION": function,
             "SHARED": shared, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, **absent,
         },
         num_warps=tile.warps,
@@ -319,7 +335,7 @@ def _build(
 def _build_reduce(dtype: torch.dtype, tile: Tile, residual: bool) -> Build:
     absent = {} if residual else {"residual": None}
     types = {"shares": "*fp32"} | dict.fromkeys(("bias", "residual", "out"), f"*{_name(dtype)}")
-    integers = ("M", "N", "OUT_H", "OUT_W", "up_h", "up_w", "per", "span", "programs")
+    integers = ("M", "N", "OUT_W", "per", "span", "programs")
     return Build(
         kernel=reduce_kernel,
         variant=f"{_name(dtype)} {tile.m}x{tile.n}{' residual' * residual}",
@@ -327,7 +343,7 @@ def _build_reduce(dtype: torch.dtype, tile: Tile, residual: bool) -> Build:
         | dict.fromkeys(integers, "i32")
         | dict.fromkeys(("low", "high"), "fp32"),
         constants={
-            "HAS_BIAS": True, "HAS_RESIDUAL": residual, "FUNCTION": CLIP,
+            "HAS_BIAS": True, "HAS_RESIDUAL": residual, "UP_H": 1, "UP_W": 1, "FUNCTION": CLIP,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "ROWS": REDUCED_ROWS, **absent,
         },
         divisible=("N",),
@@ -337,6 +353,8 @@ def _build_reduce(dtype: torch.dtype, tile: Tile, residual: bool) -> Build:
 _HALF = torch.float16
 BUILDS = (
     *(_build(_HALF, tile, DENSE, residual=True) for tile in TILES),
+    *(_build(_HALF, tile, DENSE, residual=True, up=2) for tile in TILES),
+    *(_build(_HALF, tile._replace(stages=2), DENSE, residual=True) for tile in TILES),  # one block deep
     *(_build(_HALF, tile, WINDOW) for tile in TILES),
     *(_build(_HALF, tile, mode, shared=True) for tile in TILES[:4] for mode in (DENSE, WINDOW)),
     _build(_HALF, TILES[0], STRIDED),

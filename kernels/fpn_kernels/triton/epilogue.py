@@ -38,13 +38,10 @@ def activate(x, low, high, FUNCTION: tl.constexpr):
 
 
 @triton.jit
-def find_parents(rows, H, W, up_h, up_w):
-    """The rows of the coarser map that are read for ``rows`` of an (N, H, W) map."""
+def find_parents(rows, W, up_h, up_w):
+    """The rows of the coarser map that are read for ``rows`` of an (N, H, W) map, H and W whole multiples of its."""
     line = rows // W
-    image = line // H
-    y = (line - image * H) // up_h
-    x = (rows - line * W) // up_w
-    return (image * (H // up_h) + y) * (W // up_w) + x
+    return line // up_h * (W // up_w) + (rows - line * W) // up_w
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "up_h", "up_w"])
@@ -64,7 +61,7 @@ def finish_kernel(
     if HAS_RESIDUAL:
         parents = at
         if UPSAMPLED:
-            parents = find_parents(rows, H, W, up_h, up_w).to(tl.int64)[:, None] * C + channels[None, :]
+            parents = find_parents(rows, W, up_h, up_w).to(tl.int64)[:, None] * C + channels[None, :]
         total += tl.load(residual + parents, mask=inside).to(tl.float32)
     tl.store(out + at, activate(total, low, high, FUNCTION), mask=inside)
 

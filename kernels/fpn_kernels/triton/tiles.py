@@ -29,6 +29,8 @@ TILES = (
 LARGE_TILE = Tile(128, 256, 64, 8, 3)
 # Where channels are not a multiple of the block, and where the window is flattened: an address for every number.
 RAGGED_TILES = (Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3))
+# For windows of few channels; nothing is staged, the depth is unrolled.
+FEW_CHANNELS_TILES = (Tile(64, 64, 32, 4, 1), Tile(128, 64, 32, 8, 1), Tile(128, 64, 32, 4, 1))
 FLOAT32_TILE = Tile(64, 64, 32, 4, 3)  # no tensor cores: exact products
 WHOLE, STREAM = 1, 0  # numbers of shares; others are split-K's
 

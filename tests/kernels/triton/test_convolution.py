@@ -119,6 +119,15 @@ def test_what_follows_and_shares(kernel, up, split):
         assert_convolves(parts, padding=(pad,) * 4, up=up or (1, 1), kind=kind, split=split, processors=5)
 
 
+@pytest.mark.parametrize("split", [WHOLE, STREAM], ids=str)
+@pytest.mark.parametrize("up", [(2, 2), (3, 1), (1, 10), (6, 10)], ids=str)
+def test_parents_of_tiles_that_begin_anywhere(up, split):
+    """Tiles of 16 and 32 rows on lines of 10 cells, two images."""
+    parts = parts_of(2, 6, 10, 64, 20, out=(6, 10), up=up, dtype=torch.float16)
+    for tile in (SMALL, SMALL._replace(m=16)):
+        assert_convolves(parts, up=up, tile=tile, split=split, processors=5)
+
+
 @pytest.mark.parametrize("processors", [1, 3, 7, 1000])
 def test_stream_over_any_number_of_processors(processors):
     """Programs that have the end of one tile, all of another and the start of a third; and several for one tile."""

@@ -19,6 +19,7 @@ from fpn_engine.backends.native.cuda.tactics import (
     CUBLAS,
     CUDNN_EPILOGUE,
     CUDNN_FUSED,
+    FEW_CHANNELS,
     GEMM,
     IMPLICIT_GEMM,
     LEVELS,
@@ -33,7 +34,7 @@ from fpn_engine.backends.native.cuda.tactics import (
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, Activation
 from fpn_engine.errors import BackendError
-from fpn_kernels.triton.tiles import LARGE_TILE, RAGGED_TILES, TILES, Tile
+from fpn_kernels.triton.tiles import FEW_CHANNELS_TILES, LARGE_TILE, RAGGED_TILES, TILES, Tile
 from tests.engine.native.cuda.works import H200, REAL, SMALL, conv, linear
 from tests.kernels.triton.device import DEVICE
 
@@ -45,7 +46,8 @@ def names(work: Work, level: str = "full") -> set[str]:
 def test_what_is_measured() -> None:
     assert names(REAL["layer1 1x1"]) == {CUDNN_FUSED, CUDNN_EPILOGUE, GEMM}
     assert names(REAL["layer1 3x3"]) == {CUDNN_FUSED, CUDNN_EPILOGUE, IMPLICIT_GEMM}
-    assert names(REAL["stem"]) == {CUDNN_FUSED, CUDNN_EPILOGUE, IMPLICIT_GEMM}
+    assert names(REAL["stem"]) == {CUDNN_FUSED, CUDNN_EPILOGUE, IMPLICIT_GEMM, FEW_CHANNELS}
+    assert names(REAL["stem"], "quick") == {CUDNN_FUSED, CUDNN_EPILOGUE, FEW_CHANNELS}
     assert names(REAL["lateral"]) == names(REAL["downsample"]) == {CUDNN_EPILOGUE, GEMM}
     assert names(REAL["output"]) == {CUDNN_EPILOGUE, IMPLICIT_GEMM}
     assert names(REAL["grouped"]) == {CUDNN_FUSED, CUDNN_EPILOGUE}
@@ -54,6 +56,24 @@ def test_what_is_measured() -> None:
     assert names(conv(8, 8, 64, 64, activation=hardswish)) == {CUDNN_EPILOGUE, GEMM}
     assert CUDNN_FUSED not in names(conv(8, 8, 64, 64, dtype=FLOAT32)), "it would compute in TF32"
     assert CUDNN_FUSED not in names(conv(8, 8, 64, 64, 3, padding=(0, 0, 1, 1)))
+
+
+def test_few_channels() -> None:
+    tactic = Tactic(FEW_CHANNELS, FEW_CHANNELS_TILES[0])
+    for work in (REAL["stem"], conv(8, 8, 3, 16, 3, 2), conv(8, 8, 4, 16, 7), conv(8, 7, 1, 16, 5, dtype=BFLOAT16)):
+        assert choose(work, H200) == tactic
+    for work in (
+        conv(8, 8, 3, 16, 3, 2, dtype=FLOAT32),
+        conv(8, 8, 3, 16),
+        conv(8, 8, 5, 16, 3),
+        conv(8, 8, 3, 16, 3, has_residual=True),
+        conv(8, 8, 3, 16, 3, padding=(2, 2, 2, 2), dilation=(2, 2)),
+        conv(8, 8, 2, 16, 3, groups=2, weight=(16, 3, 3, 1)),
+        conv(32, 32, 3, 16, 11, 4),
+        linear(4, 3, 16),
+    ):
+        assert not supports(tactic, work, H200), work.key
+    assert not supports(Tactic(FEW_CHANNELS, TILES[0]), REAL["stem"], H200)
 
 
 def splits_of(name: str) -> set[int]:
@@ -104,14 +124,15 @@ def test_tiles_that_do_not_fit() -> None:
     assert supports(large, REAL["rpn"], H200)
     assert not supports(large, REAL["rpn"], small)
     assert not supports(Tactic(GEMM, LARGE_TILE), REAL["layer1 1x1"], H200), "no room for a residual"
-    assert {t.tile for t in candidates(REAL["stem"], H200, "full") if t.tile} == set(RAGGED_TILES)
+    assert {t.tile for t in candidates(REAL["stem"], H200, "full") if t.tile} == {*RAGGED_TILES, *FEW_CHANNELS_TILES}
     assert {t.tile for t in candidates(conv(8, 8, 192, 64), H200, "full") if t.tile} == {
         tile for tile in (LARGE_TILE, *TILES) if tile.k == 64
     }
 
 
 def test_text() -> None:
-    for tactic in (Tactic(CUBLAS), Tactic(GEMM, TILES[1], 4), Tactic(IMPLICIT_GEMM, LARGE_TILE, STREAM)):
+    few = Tactic(FEW_CHANNELS, FEW_CHANNELS_TILES[1])
+    for tactic in (Tactic(CUBLAS), Tactic(GEMM, TILES[1], 4), Tactic(IMPLICIT_GEMM, LARGE_TILE, STREAM), few):
         assert Tactic.parse(str(tactic)) == tactic
     assert str(Tactic(GEMM, TILES[0], STREAM)) == "triton_gemm 128x128x64 w8 s3 /stream"
     odd = [
@@ -121,6 +142,9 @@ def test_text() -> None:
         "triton_gemm",
         "cublas 128x128x64 w8 s3 /1",
         f"{Tactic(GEMM, Tile(2, 2, 2, 1, 1))}",
+        f"{Tactic(GEMM, FEW_CHANNELS_TILES[1])}",
+        f"{Tactic(FEW_CHANNELS, TILES[0])}",
+        f"{Tactic(FEW_CHANNELS, FEW_CHANNELS_TILES[1], 2)}",
     ]
     for text in [*odd, "triton_gemm 128x128x64 w8 s3 /65", "triton_gemm 128x128x64 w8 s3 /4 "]:
         with pytest.raises(ValueError, match="there is no tactic"):

@@ -54,6 +54,8 @@ REAL = {
 }
 SMALL = {
     "stem": conv(10, 12, 3, 8, 3, 2),
+    "stem of bfloat16": conv(9, 11, 3, 8, 7, 2, dtype=BFLOAT16),
+    "stem to float32": conv(9, 11, 1, 8, 3, padding=(0, 0, 1, 1), out=(1, 8, 10, 8), out_dtype=FLOAT32),
     "residual": conv(4, 6, 64, 16, has_residual=True),
     "lateral": conv(4, 6, 64, 16, has_residual=True, upsample=(2, 2), activation=NONE),
     "window": conv(4, 6, 64, 16, 3, n=2),

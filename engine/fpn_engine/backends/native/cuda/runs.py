@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES, make_run
 from fpn_engine.backends.native.cpu_convolution import Run, activate_, is_symmetric, nchw, pad
-from fpn_engine.backends.native.cuda.tactics import CUBLAS, CUDNN_EPILOGUE, CUDNN_FUSED, Tactic
+from fpn_engine.backends.native.cuda.tactics import CUBLAS, CUDNN_EPILOGUE, CUDNN_FUSED, FEW_CHANNELS, Tactic, units_of
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import NONE, UNIT, Activate, Activation, Add, Conv, Linear, MaxPool, Op
 from fpn_kernels.triton.convolution import launch_convolution
 from fpn_kernels.triton.epilogue import FUNCTIONS, clip_bounds, launch_finish
+from fpn_kernels.triton.few_channels import launch_few_channels, pack_weight
 from fpn_kernels.triton.max_pool import launch_max_pool
 
 CHANNELS = 8  # halves of which cuDNN's tensor-core kernels read at once; a stem of 3 is filled up with zeros
@@ -66,6 +67,9 @@ def make_tactic_run(tactic: Tactic, op: Conv | Linear, work: Work, weights: Weig
     if tactic.name in (CUDNN_FUSED, CUDNN_EPILOGUE):
         assert isinstance(op, Conv)
         return (_make_cudnn_fused if tactic.name == CUDNN_FUSED else _make_cudnn_epilogue)(op, work, weights)
+    if tactic.name == FEW_CHANNELS:
+        assert isinstance(op, Conv)
+        return _make_few_channels(tactic, op, work, weights)
     return _make_triton(tactic, op, weights, processors)
 
 
@@ -104,6 +108,33 @@ def _make_triton(tactic: Tactic, op: Conv | Linear, weights: Weights, processors
             function=function,
             bounds=bounds,
             **geometry,
+        )
+
+    return run
+
+
+def _make_few_channels(tactic: Tactic, op: Conv, work: Work, weights: Weights) -> Run:
+    tile = tactic.tile
+    assert tile is not None
+    units = units_of(work)
+    packed = weights.make((op.weight, units, tile.k), lambda: pack_weight(weights[op.weight], units, tile.k))
+    bias = None if op.bias is None else weights[op.bias]
+    kernel = (work.weight[1], work.weight[2])
+    function, bounds = _function(op.activation)
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        return launch_few_channels(
+            inputs[0],
+            packed,
+            bias,
+            _given(out),
+            units=units,
+            kernel=kernel,
+            tile=tile,
+            stride=op.stride,
+            top=op.padding[0],
+            function=function,
+            bounds=bounds,
         )
 
     return run

@@ -5,8 +5,10 @@
     cublas                 a matrix product of rows, with bias and ReLU in cuBLAS where it can
     triton_gemm            1x1 convolution or rows as a matrix product with all that follows
     triton_implicit_gemm   any other window the same way
+    triton_few_channels    windows of up to four channels, as a stem has
 
-The Triton ones come in tiles, whole or in shares (split-K, stream-K); see fpn_kernels.triton.convolution.
+The Triton ones come in tiles, whole or in shares (split-K, stream-K); see fpn_kernels.triton.convolution and, of the
+last, which has no shares, fpn_kernels.triton.few_channels.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, UNIT
 from fpn_kernels.triton.convolution import count_blocks, mode_for
+from fpn_kernels.triton.few_channels import (
+    MOST_CHANNELS,
+    MOST_UNITS,
+    Units,
+    count_units,
+    few_channels_tiles,
+)
 from fpn_kernels.triton.tiles import (
+    FEW_CHANNELS_TILES,
     FLOAT32_TILE,
     LARGE_TILE,
     RAGGED_TILES,
@@ -31,9 +41,9 @@ from fpn_kernels.triton.tiles import (
 )
 
 CUDNN_FUSED, CUDNN_EPILOGUE, CUBLAS = "cudnn_fused", "cudnn_epilogue", "cublas"
-GEMM, IMPLICIT_GEMM = "triton_gemm", "triton_implicit_gemm"
-NAMES = (CUDNN_FUSED, CUDNN_EPILOGUE, CUBLAS, GEMM, IMPLICIT_GEMM)
-TRITON = (GEMM, IMPLICIT_GEMM)
+GEMM, IMPLICIT_GEMM, FEW_CHANNELS = "triton_gemm", "triton_implicit_gemm", "triton_few_channels"
+NAMES = (CUDNN_FUSED, CUDNN_EPILOGUE, CUBLAS, GEMM, IMPLICIT_GEMM, FEW_CHANNELS)
+TRITON = (GEMM, IMPLICIT_GEMM, FEW_CHANNELS)
 LEVELS = ("quick", "full")
 SPLITS = (2, 4, 8)
 FILLED = 0.75  # of the multiprocessors that tiles should keep busy
@@ -66,7 +76,11 @@ class Tactic:
             return cls(match[1])
         tile = Tile(*map(int, match.groups()[1:6]))
         split = STREAM if match[7] == "stream" else int(match[7])
-        if tile not in (*TILES, LARGE_TILE, *RAGGED_TILES, FLOAT32_TILE) or not STREAM <= split <= 64:
+        if match[1] == FEW_CHANNELS:
+            known = tile in FEW_CHANNELS_TILES and split == WHOLE
+        else:
+            known = tile in (*TILES, LARGE_TILE, *RAGGED_TILES, FLOAT32_TILE) and STREAM <= split <= 64
+        if not known:
             raise ValueError(f"there is no tactic {text[:80]!r}")
         return cls(match[1], tile, split)
 
@@ -90,6 +104,8 @@ def supports(tactic: Tactic, work: Work, gpu: Gpu) -> bool:
         return work.is_convolution
     if tactic.name == CUBLAS:
         return not work.is_convolution
+    if tactic.name == FEW_CHANNELS:
+        return tactic.split == WHOLE and _has_few_channels(work) and tactic.tile in few_channels_tiles(units_of(work))
     if tactic.tile is None or work.groups != 1 or (tactic.name == GEMM) != work.is_pointwise:
         return False
     itemsize = 4 if work.dtype == FLOAT32 else 2
@@ -98,6 +114,19 @@ def supports(tactic: Tactic, work: Work, gpu: Gpu) -> bool:
     if tactic.tile == LARGE_TILE and work.has_residual:
         return False
     return tactic.tile in _tiles(work)
+
+
+def _has_few_channels(work: Work) -> bool:
+    if not work.is_convolution or work.is_pointwise or work.groups != 1 or work.dtype == FLOAT32:
+        return False
+    if work.has_residual or work.dilation != UNIT or work.x[-1] > MOST_CHANNELS:
+        return False
+    return work.weight[1] * units_of(work).wide <= MOST_UNITS
+
+
+def units_of(work: Work) -> Units:
+    """How a convolution of halves and few channels reads its input."""
+    return count_units(work.weight[1:3], work.x[-1], work.x[2], work.stride[1], work.padding[1], 2)
 
 
 def _tiles(work: Work) -> tuple[Tile, ...]:
@@ -123,6 +152,9 @@ def candidates(work: Work, gpu: Gpu, level: str) -> list[Tactic]:
         kernels += [Tactic(name, tile, split) for split in splits]
     if level == "quick":
         kernels = sorted(kernels, key=lambda tactic: _distance(tactic, work, gpu))[:4]
+    if _has_few_channels(work):
+        kernels = kernels if level == "full" else []
+        kernels += [Tactic(FEW_CHANNELS, tile) for tile in few_channels_tiles(units_of(work))]
     chosen = choose(work, gpu)
     return list(dict.fromkeys(t for t in [chosen, *libraries, *kernels] if supports(t, work, gpu)))
 
@@ -159,10 +191,13 @@ def choose(work: Work, gpu: Gpu) -> Tactic:
     """What to take unmeasured, a function of the work and the GPU alone.
 
     A product of halves goes to Triton where it saves a pass over memory, because what follows comes with it: 1x1
-    convolutions, and layers whose result is wider than their operands. cuDNN has the windows. Its fused kernel is taken
+    convolutions, layers whose result is wider than their operands, and windows of few channels, which cuDNN would have
+    filled up. It has the other windows. Its fused kernel is taken
     for residuals in bfloat16 only: its ReLU makes 0 of NaN, which float16 comes to by overflow, and where there is no
     residual torch gives it 0 times what lay in the output's memory, which may be NaN. cuBLAS has the rest of the rows.
     """
+    if _has_few_channels(work):
+        return Tactic(FEW_CHANNELS, FEW_CHANNELS_TILES[0])
     wider = work.dtype != work.out_dtype
     if work.dtype != FLOAT32 and work.is_pointwise and (work.is_convolution or wider):
         whole = [Tactic(GEMM, tile, WHOLE) for tile in _tiles(work)]
