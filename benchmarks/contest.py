@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.rivals import BASE
 from benchmarks.roofline import ITEMSIZES, Floors, count_floors
 from benchmarks.rows import Row
 from benchmarks.scene import Contestant, Maker, Scene, check
-from benchmarks.suite import DeviceLostError, Effort, Measured, NotHereError, describe_error, is_device_alive
+from benchmarks.suite import BASE, DeviceLostError, Effort, Measured, NotHereError, describe_error, is_device_alive
 from fpn_engine.roofline import measure_peaks
 from fpn_engine.ruler import FEWEST, Times, take_turns
 
@@ -28,7 +27,9 @@ class Contest:
     """
 
     def __init__(self, scene: Scene, groups: Sequence[Mapping[str, Maker]], effort: Effort) -> None:
-        self.scene, self.groups, self.effort = scene, groups, effort
+        self.scene, self.effort = scene, effort
+        chosen = [{name: make for name, make in group.items() if effort.chooses(name)} for group in groups]
+        self.groups = [group for group in chosen if group]
         self.about: dict[str, Row] = {}
         self._ready: dict[str, Contestant] = {}
         self._floors: dict[str, Floors] = {}
@@ -58,7 +59,8 @@ class Contest:
                     raise
                 raise DeviceLostError(*group) from error  # the groups before were timed
             self._describe(times)
-            yield Measured.of({**self._facts(), "contestants": self.about, "complete": is_last}, times)
+            is_complete = is_last and not self.effort.chosen
+            yield Measured.of({**self._facts(), "contestants": self.about, "complete": is_complete}, times)
 
     def _set_up(self, name: str, make: Maker) -> bool:
         """Make and check one; False if that broke the device."""

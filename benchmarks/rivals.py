@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.scene import ROTATING, Contestant, Maker, Scene, as_found
-from benchmarks.suite import NotHereError
+from benchmarks.suite import BASE, NotHereError
 from fpn_engine.ruler import Turn
 from tests.parity.torchvision_oracle import Found
 
-BASE = "torchvision fp32"
 LEGACY = "ONNX Runtime on torchvision's export fp32"
 COMPILED = ("parts", "whole")
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from fpn_engine.ruler import ROUNDS, Times
 ERROR_LENGTH = 300
 QUICK_ROUNDS = 2
 SECONDS = 60.0  # for the rounds of a row, the fewest in any case
+BASE = "torchvision fp32"  # what whole detectors are compared with
 OURS = "fpn"  # what the names of our contestants begin with
 
 
@@ -41,7 +43,7 @@ class Effort:
         quick: small models and two rounds: a test of the suite itself, no measurement.
         every: all cases, not only those that targets and documents need.
         largest_batch: of whole detectors; None is 64 on a GPU, 4 on a CPU.
-        left_out: contestants that broke the device before.
+        left_out: contestants that broke the device before. chosen: patterns of contestants' names; all without.
         is_over: whether the time is up.
     """
 
@@ -49,7 +51,12 @@ class Effort:
     every: bool = False
     largest_batch: int | None = None
     left_out: Sequence[str] = ()
+    chosen: Sequence[str] = ()
     is_over: Callable[[], bool] = lambda: False
+
+    def chooses(self, contestant: str) -> bool:
+        """Whether it has its turn; torchvision's in fp32 always has."""
+        return not self.chosen or contestant == BASE or any(fnmatchcase(contestant, each) for each in self.chosen)
 
     @property
     def rounds(self) -> int:
@@ -133,6 +140,7 @@ def run_suite(suite: Suite, argv: Sequence[str]) -> int:
         every=given.all,
         largest_batch=given.largest_batch,
         left_out=given.leave_out,
+        chosen=given.contestant,
         is_over=lambda: time.monotonic() - begin > 60 * given.minutes,
     )
     prepare_device(effort.device)
@@ -176,6 +184,13 @@ def parse(suite: Suite, argv: Sequence[str]) -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has this in it")
     parser.add_argument("--leave-out", action="append", default=[], metavar="NAME", help="a contestant")
+    parser.add_argument(
+        "--contestant",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="whole detectors of such names, beside torchvision's in fp32; the row is not complete then",
+    )
     return parser.parse_args(argv)
 
 
@@ -189,6 +204,7 @@ def add_options(parser: argparse.ArgumentParser, minutes: float = 60.0) -> None:
 def shell_command(suite: Suite, given: argparse.Namespace) -> str:
     """What takes such rows: the machine's paths are left out."""
     words = [f"python -m {suite.module} -o FILE", *["--all"] * given.all, *["--quick"] * given.quick]
+    words += [f"--contestant '{pattern}'" for pattern in given.contestant]
     return " ".join(words)
 
 

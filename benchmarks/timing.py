@@ -24,7 +24,7 @@ class Replay:
     def __init__(self, function: Function, inputs: Sequence[Any]) -> None:
         self._inputs = [_clone(value) for value in inputs]
         current = torch.cuda.current_stream()
-        stream, side = torch.cuda.Stream(), torch.cuda.Stream()
+        stream, side = torch.cuda.Stream(), torch.cuda.Stream(priority=beside.PRIORITY)
         stream.wait_stream(current)
         with torch.cuda.stream(stream), beside.using(side):
             function(*self._inputs)  # compiles

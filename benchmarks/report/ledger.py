@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from benchmarks.report import sections
 from benchmarks.report.section import USUAL, Section, Table, measured, rows_of
 from benchmarks.report.words import write_ms, write_number
-from benchmarks.rivals import BASE
 from benchmarks.rows import Row
-from benchmarks.suite import OURS
+from benchmarks.suite import BASE, OURS
 from benchmarks.targets import Targets
 
 # Lin et al. 2017, sec. 5.2.3 and 6.1, one image on an NVIDIA M40: seconds, and the suite and row that stand beside it.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # imported when there is a stream, so that this costs nothing
     import torch
 
 T = TypeVar("T")
+# Of the streams: small work goes first wherever the GPU has room, or it would wait for the end of what is large.
+PRIORITY = -1
 _stream: ContextVar[torch.cuda.Stream | None] = ContextVar("beside", default=None)
 
 

@@ -14,10 +14,10 @@ import torch
 from benchmarks import contest
 from benchmarks.contest import Contest, find_floors
 from benchmarks.ours import load_eager_parts, make_eager_parts, make_ours, replay_captured
-from benchmarks.rivals import BASE, list_base
+from benchmarks.rivals import list_base
 from benchmarks.roofline import count_floors
 from benchmarks.scene import QUICK_SIZE, Contestant, Scene, check, make_scene
-from benchmarks.suite import DeviceLostError, Effort, NotHereError
+from benchmarks.suite import BASE, DeviceLostError, Effort, NotHereError
 from fpn_engine.pipeline import Pipeline
 from fpn_engine.roofline import Peaks
 from fpn_engine.ruler import Turn

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -39,8 +40,8 @@ class CudaTransport:
         with explaining(device), torch.cuda.device(device), _ONE_CAPTURE:
             taken = [stream for other in _in_use for stream in other.streams]
             self.stream = find_free_stream(taken, torch.cuda.Stream)
-            self._beside = find_free_stream([*taken, self.stream], torch.cuda.Stream)
-            self._uploads = find_free_stream([*taken, self.stream, self._beside], torch.cuda.Stream)
+            self._uploads = find_free_stream([*taken, self.stream], torch.cuda.Stream)
+            self._beside = find_free_stream(taken, partial(torch.cuda.Stream, priority=beside.PRIORITY))
             _in_use.add(self)
 
     @property

@@ -4,8 +4,8 @@ A number is NaN or infinite if all bits of its exponent are set; no arithmetic i
 found get a 1, the same from whoever finds it, so that no order of programs shows.
 
 Reading is all there is to do. A dense tensor is read 16 bytes at a time, whatever its number type, as words of one
-number or two; so one launch takes all types together. A few programs per multiprocessor go over it, not one per block:
-they reach the memory's rate, and leave room for what runs beside them.
+number or two; so one launch takes all types together. One program per multiprocessor goes over it, not one per block:
+four were as fast as the memory, and the short kernels beside them a half slower.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fpn_kernels.triton.builds import Build
 from fpn_kernels.triton.levels import count_blocks, find_level, pack_sizes, pick_pointer, pick_size
 
 BLOCK = 4096  # words: eight loads of 16 bytes in flight per thread
-PROGRAMS = 4  # per multiprocessor, 64 KB in flight
+PROGRAMS = 1  # per multiprocessor, 16 KB in flight: as it runs beside others, it need not be fast
 FEW = 1024  # numbers per program, where they are read one by one
 # The exponent's bits of a number of 16 bits, or of the upper half of one of 32.
 EXPONENTS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F80}
