@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu_session.sh OUT MINUTES [python]
 #
-# Needs no installation of this project. OUT gets six files: environment.txt, a log of each group of tests and
-# of the benchmarks, and the benchmarks' rows, which grow while they run. Nothing that fails keeps the rest from running;
+# Needs no installation of this project. OUT gets seven files: environment.txt, a log of each group of tests and
+# of the benchmarks, the benchmarks' rows, which grow while they run, and replay.json. What fails keeps nothing from running;
 # the exit code is 1 then. Set FPN_ENGINE_COMMIT where the files have no git history, SMOKE_SECONDS for other than 90.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 OUT MINUTES [python]" >&2; exit 2; }
@@ -56,15 +56,27 @@ for name in "${!running[@]}"; do
     [ "$code" -eq 0 ] || failed+=("tests of $name: exit code $code")
 done
 
-seconds=$(left)
-if [ "$seconds" -gt 30 ]; then
-    minutes=$(awk -v seconds="$seconds" 'BEGIN { print (seconds - 20) / 60 }')
-    timeout -k 10 "$seconds" "$python" -m benchmarks --all -o "$out/benchmarks.json" --minutes "$minutes" \
-        > "$out/benchmarks.log" 2>&1 || failed+=("benchmarks: exit code $?")
-    tail -n 60 "$out/benchmarks.log"
-else
-    failed+=("no time was left for the benchmarks")
-fi
+# take SHARE name words...: a part of the time that is left, for a module of benchmarks/; what it saved stays.
+take() {
+    local seconds=$(($(left) * $1 / 100 - 5))
+    [ "$seconds" -ge 20 ] || { failed+=("$2: no time was left for it"); return; }
+    local minutes
+    minutes=$(awk -v seconds="$seconds" 'BEGIN { print 0.8 * seconds / 60 }')
+    echo "+ $2 ${*:4}" >> "$out/benchmarks.log"
+    timeout -k 5 "$seconds" "$python" -m "$3" "${@:4}" ${minutes_of[$2]:+--minutes "$minutes"} \
+        >> "$out/benchmarks.log" 2>&1 || failed+=("$2: exit code $?")
+}
+
+# The most wanted first: one image kernel by kernel, then beside torchvision, then what fp16 finds, then batches.
+declare -A minutes_of=([peers]=1 [precision]=1 [batches]=1 [rest]=1)
+rows="$out/benchmarks.json"
+take 25 replay benchmarks.replay -o "$out/replay.json"
+take 30 peers benchmarks.bench_peers -o "$rows" --only "R50-FPN, 800x1216, batch 1" \
+    --contestant "torchvision fp16 autocast*" --contestant "*native fp16" --contestant "*native bf16"
+take 25 precision benchmarks.bench_precision -o "$rows"
+take 50 batches benchmarks.bench_engine -o "$rows" --contestant "*native fp16"
+take 100 rest benchmarks --all -o "$rows"
+tail -n 60 "$out/benchmarks.log"
 find "$out" -maxdepth 1 -name '*.tmp' -delete # of what was stopped while it wrote
 
 tail -n 3 "$out"/tests-*.log

@@ -41,13 +41,18 @@ def write_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:
         raise FpnEngineError("pictures are for documents, and these rows are of a quick try; measure without --quick")
     paths = []
     for device, found in group_by_device(rows).items():
-        short = "-".join("".join(c if c.isalnum() else " " for c in device).lower().split())
+        short = _shorten(device)
         for section in make_sections(found):
             for chart in section.charts:
                 if chart.name:
-                    paths.append(folder / f"{short}-{chart.name}.svg")
+                    paths.append(folder / f"{short}-{_shorten(chart.name)}.svg")
                     _write(paths[-1], standalone(chart.svg))
     return paths
+
+
+def _shorten(name: str) -> str:
+    """For a file's name: words and hyphens."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.replace("'", "")).lower().split())
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,6 +25,8 @@ from fpn_export.quantization.layers import Layer, Network
 from fpn_export.quantization.ranges import Histogram
 
 TRUNK, HEAD = "trunk", "head"
+# Of RoI features that the head takes at once, 256 MB: conv5 on 1000 RoIs would fill 20 GB with what is looked at.
+MOST_NUMBERS = 1 << 26
 Sink = Callable[[str, Tensor], None]
 Note = Callable[[str], None]
 
@@ -121,7 +123,9 @@ def _join(spec: ModelSpec, trunk: _Recorder, head: _Recorder | None) -> Engine:
 
     def run_head(roi_features: Tensor, /) -> tuple[Tensor, Tensor]:
         assert head is not None
-        class_logits, box_deltas = head(roi_features)
+        rows = max(1, MOST_NUMBERS // roi_features.shape[1:].numel())
+        answers = [head(portion) for portion in roi_features.split(rows)]
+        class_logits, box_deltas = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return class_logits, box_deltas
 
     return Engine(Pipeline(spec, run_trunk, run_head if head else None))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fpn_kernels.triton.builds import Build
 from fpn_kernels.triton.epilogue import CLIP, HARDSWISH, activate, find_parents
+from fpn_kernels.triton.launching import launch
 from fpn_kernels.triton.tiles import FLOAT32_TILE, RAGGED_TILES, STREAM, TILES, WHOLE, Tile, divide, fit_tile
 
 REDUCED_ROWS = 8  # of a tile per program of the second launch
@@ -253,14 +254,16 @@ def launch_convolution(
     up_h, up_w = upsample if residual is not None else (1, 1)
     flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "UP_H": up_h, "UP_W": up_w}
     flags |= {"FUNCTION": function}
-    convolution_kernel[(shares.programs if shared else tiles,)](
+    launch(
+        convolution_kernel, (shares.programs if shared else tiles,),
         x, weight, bias, residual, out, workspace, m, n, c, h, w, out_h, out_w, *kernel, *padding,
         *stride, *dilation, *bounds, shares.per, shares.span, shares.steps,
         MODE=mode, EVEN=c % tile.k == 0, **flags, SHARED=shared, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=min(tile.stages, blocks + 1), enable_fp_fusion=False,
     )  # fmt: skip
     if shared:
-        reduce_kernel[(tiles, triton.cdiv(tile.m, REDUCED_ROWS))](
+        launch(
+            reduce_kernel, (tiles, triton.cdiv(tile.m, REDUCED_ROWS)),
             workspace, bias, residual, out, m, n, out_w, *bounds,
             shares.per, shares.span, shares.programs,
             **flags, BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCED_ROWS, num_warps=4, enable_fp_fusion=False,

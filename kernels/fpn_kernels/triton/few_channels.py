@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fpn_kernels.triton.builds import Build
 from fpn_kernels.triton.epilogue import CLIP, HARDSWISH, activate
+from fpn_kernels.triton.launching import launch
 from fpn_kernels.triton.tiles import FEW_CHANNELS_TILES, Tile
 
 MOST_CHANNELS = 4
@@ -190,7 +191,8 @@ def launch_few_channels(
     block_n = min(tile.n, max(triton.next_power_of_2(n), 16))
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # Triton's interpreter would multiply the bits as integers
         x, packed, units = x.float(), packed.float(), units.split()
-    few_channels_kernel[(images * out_h * triton.cdiv(out_w, tile.m), triton.cdiv(n, block_n))](
+    launch(
+        few_channels_kernel, (images * out_h * triton.cdiv(out_w, tile.m), triton.cdiv(n, block_n)),
         x.view(-1).view(torch.int32) if units.per == 2 else x, packed, bias, out, n, h, w * c // units.per,
         out_h, out_w, top, units.first, *bounds,
         KH=kernel[0], PER=units.per, WIDE=units.wide, STEP=units.step, STRIDE=stride[0], LEAD=units.lead,

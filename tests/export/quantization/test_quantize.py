@@ -21,6 +21,7 @@ from fpn_engine.sources import list_images
 from fpn_export.build import build_plan
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.onnx_export import export_onnx
+from fpn_export.quantization import calibration
 from fpn_export.quantization.calibration import calibrate, make_engine
 from fpn_export.quantization.chart import draw
 from fpn_export.quantization.layers import Network
@@ -117,6 +118,17 @@ def test_sensitivity_finds_the_layer_that_suffers(model: ModelProto, photographs
     assert broken[victim] > 5 * alone[victim]
     gathered = sensitivity.measure_gathered({layer.name for layer in every}, ranges, "int8")
     assert gathered["backbone.fpn.layer_blocks.0.0"] > gathered["backbone.body.conv1"] > 0
+
+
+def test_the_head_may_be_given_its_rois_in_portions(
+    model: ModelProto, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, paths = Network(model).layers, list(list_images([photographs]))[:2]
+    whole = calibrate(model, SPEC, every, paths)
+    monkeypatch.setattr(calibration, "MOST_NUMBERS", 7 * 16 * 49 + 1)  # seven RoIs
+    portions = calibrate(model, SPEC, every, paths)
+    for name, histogram in whole.histograms.items():
+        assert portions.histograms[name].largest == pytest.approx(histogram.largest, rel=1e-5)
 
 
 def test_calibration_sees_what_the_model_sees(model: ModelProto, photographs: Path) -> None:

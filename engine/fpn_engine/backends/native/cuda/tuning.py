@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cpu_convolution import Run, activate_, upsample_into
+from fpn_engine.backends.native.cuda.compiling import MakeRun, compile_ahead
 from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.runs import Weights, make_convolution_alone, make_tactic_run
 from fpn_engine.backends.native.cuda.tactics import Tactic, candidates
@@ -20,11 +21,11 @@ from fpn_engine.backends.native.cuda.work import BIAS, WEIGHT, Work
 from fpn_engine.backends.native.ops import BFLOAT16, FLOAT16, FLOAT32, Conv
 
 Clock = Callable[[Callable[[], object]], float]
-MakeRun = Callable[[Tactic, Work, dict[str, Tensor]], Run]
 ROUNDS = {"quick": 7, "full": 25}
 TRIAL_ROUNDS = 3  # after which what is far behind is left out
 FAR_BEHIND = 1.5  # times the best
 SECONDS = {"quick": 60.0, "full": 300.0}
+COMPILING = 0.5  # of the time, after which no further tactic is compiled ahead
 INPUT_SETS = 2  # that take turns
 # ||result - float32|| / ||float32||: a rounding or two of each number to 2^-11 or 2^-8, and a
 # reserve; of float32 below what TF32 comes to.
@@ -84,6 +85,7 @@ class Tuner:
         tuning = Tuning()
         listed = list(works)
         begin = self._now()
+        self._compile([work for work in listed if self._cache.find(work.key, self._level) is None], on_progress)
         for number, work in enumerate(listed):
             if known := self._cache.find(work.key, self._level):
                 tuning.timed[work.key] = known
@@ -100,6 +102,14 @@ class Tuner:
             left = len(listed) - len(tuning.timed)
             tuning.notes.append(f"{left} of {len(listed)} layers are not measured: the time was up")
         return tuning
+
+    def _compile(self, works: Sequence[Work], on_progress: Callable[[str], None]) -> None:
+        """On a GPU; elsewhere there is nothing to compile."""
+        if works and self._device.type == "cuda":
+            on_progress("compile")
+            end = self._now() + COMPILING * self._seconds
+            is_over = lambda: self._now() > end  # noqa: E731
+            compile_ahead(works, self._gpu, self._level, self._device, self._make_run, is_over=is_over)
 
     @torch.inference_mode()
     def _measure(self, work: Work, notes: list[str]) -> Timed | None:
