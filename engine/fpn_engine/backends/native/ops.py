@@ -90,14 +90,12 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conv(Op):
-    """Convolution, then bias, then the residual ``inputs[1]`` upsampled by ``upsample``, then the activation.
+class Convolution(Op):
+    """Convolution of any number type, bias, the residual ``inputs[1]`` upsampled by ``upsample``, activation, as one.
 
-    ``weight`` is (O, kH, kW, C / groups), ``bias`` (O,). ``padding`` is top, left, bottom, right. ``dtype`` is the
-    number type of the result where it is not the input's: sums are float32 anyway, and need not be rounded.
+    ``weight`` is (O, kH, kW, C / groups), ``bias`` (O,). ``padding`` is top, left, bottom, right.
     """
 
-    KIND: ClassVar[str] = "conv"
     ARITY: ClassVar[tuple[int, int]] = (1, 2)
 
     weight: str
@@ -108,6 +106,22 @@ class Conv(Op):
     groups: int = 1
     upsample: Pair = UNIT
     activation: Activation = NONE
+
+    @property
+    def in_place(self) -> tuple[int, ...]:
+        return (1,) if len(self.inputs) == 2 and self.upsample == UNIT else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conv(Convolution):
+    """Convolution of floating-point numbers.
+
+    ``dtype`` is the number type of the result where it is not the input's: sums are float32 anyway, and need not be
+    rounded.
+    """
+
+    KIND: ClassVar[str] = "conv"
+
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +130,7 @@ class Conv(Op):
 
     @property
     def in_place(self) -> tuple[int, ...]:
-        return (1,) if len(self.inputs) == 2 and self.upsample == UNIT and self.dtype is None else ()
+        return super(Conv, self).in_place if self.dtype is None else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

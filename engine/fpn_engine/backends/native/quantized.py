@@ -15,11 +15,9 @@ from fpn_engine.backends.native.ops import (
     INT8,
     NONE,
     UINT8,
-    UNIT,
     Activation,
+    Convolution,
     Op,
-    Padding,
-    Pair,
 )
 
 OFFSET = 128  # the uint8 of 0
@@ -68,36 +66,23 @@ class Dequantize(Op):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedConv(Op):
-    """Convolution in 8 bits, then bias, residual, activation and rounding to ``step``, as one.
+class QuantizedConv(Convolution):
+    """Convolution in 8 bits, and at the end rounding to ``step``.
 
-    ``weight`` is int8 (O, kH, kW, C / groups), ``scale`` the float32 (O,) of its channels, ``bias`` float32 (O,). The
-    residual ``inputs[1]``, upsampled by ``upsample``, is of 8 bits and has a step of its own.
+    ``weight`` is int8, ``scale`` the float32 (O,) of its channels, ``bias`` float32. The residual is of 8 bits and has
+    a step of its own.
     """
 
     KIND: ClassVar[str] = "quantized_conv"
     TAKES: ClassVar[tuple[str, ...]] = (UINT8,)
-    ARITY: ClassVar[tuple[int, int]] = (1, 2)
 
-    weight: str
     scale: str
     step: float
-    bias: str | None = None
-    stride: Pair = UNIT
-    padding: Padding = (0, 0, 0, 0)
-    dilation: Pair = UNIT
-    groups: int = 1
-    upsample: Pair = UNIT
-    activation: Activation = NONE
 
     def __post_init__(self) -> None:
         super(QuantizedConv, self).__post_init__()
         _require_step(self.step)
         _require_fused(self.activation)
-
-    @property
-    def in_place(self) -> tuple[int, ...]:
-        return (1,) if len(self.inputs) == 2 and self.upsample == UNIT else ()
 
     def tensor_dtypes(self, dtype: str) -> dict[str, str]:
         return dict.fromkeys(self.weights, FLOAT32) | {self.weight: INT8}

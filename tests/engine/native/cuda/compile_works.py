@@ -20,7 +20,7 @@ from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cuda.compiling import compile_ahead
 from fpn_engine.backends.native.cuda.runs import Weights, make_tactic_run
 from fpn_engine.backends.native.cuda.tactics import CUDNN_EPILOGUE, Tactic, candidates, choose
-from fpn_engine.backends.native.cuda.work import BIAS, WEIGHT, Work
+from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.ops import FLOAT32
 from fpn_kernels.triton.max_pool import launch_max_pool
 from tests.engine.native.cuda.works import H200, SMALL, conv, linear
@@ -53,9 +53,7 @@ def tactics_of(name: str, work: Work) -> list[Tactic]:
 
 def compile_work(tactic: Tactic, work: Work) -> None:
     dtype = DTYPES[work.dtype]
-    given = {"x": torch.empty(work.x, dtype=dtype), WEIGHT: torch.zeros(work.weight, dtype=dtype)}
-    given |= {BIAS: torch.zeros(work.out[-1], dtype=dtype)} if work.has_bias else {}
-    given |= {"residual": torch.empty(work.residual_shape(), dtype=dtype)} if work.has_residual else {}
+    given = {name: torch.zeros(shape, dtype=dtype) for name, shape in work.operands().items()}
     run = make_tactic_run(tactic, work.op(), work, Weights(given), H200.processors)
     run([given[name] for name in work.op().inputs], torch.empty(work.out, dtype=DTYPES[work.out_dtype]))
 

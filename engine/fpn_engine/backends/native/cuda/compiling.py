@@ -16,7 +16,7 @@ from fpn_engine.backends.native.cpu import DTYPES
 from fpn_engine.backends.native.cpu_convolution import Run
 from fpn_engine.backends.native.cuda.gpu import Gpu
 from fpn_engine.backends.native.cuda.tactics import Tactic, candidates
-from fpn_engine.backends.native.cuda.work import BIAS, WEIGHT, Work
+from fpn_engine.backends.native.cuda.work import Work
 from fpn_kernels.triton.launching import compiling
 
 MakeRun = Callable[[Tactic, Work, dict[str, Tensor]], Run]
@@ -50,7 +50,7 @@ def compile_ahead(
         with torch.inference_mode(), compiling():
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # of this thread
-            given = make_absent(work)
+            given = {name: absent(shape, work.dtype) for name, shape in work.operands().items()}
             try:
                 run = make_run(tactic, work, given)
                 run([given[name] for name in work.op().inputs], absent(work.out, work.out_dtype))
@@ -61,15 +61,6 @@ def compile_ahead(
         list(pool.map(compile_one, jobs))
 
 
-def make_absent(work: Work) -> dict[str, Tensor]:
-    """x, residual, WEIGHT and BIAS of a piece of work, without memory."""
-    given = {"x": absent(work.x, work.dtype), WEIGHT: absent(work.weight, work.dtype)}
-    if work.has_bias:
-        given[BIAS] = absent(work.out[-1:], work.dtype)
-    if work.has_residual:
-        given["residual"] = absent(work.residual_shape(), work.dtype)
-    return given
-
-
 def absent(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor without memory."""
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")

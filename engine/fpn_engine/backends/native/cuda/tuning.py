@@ -155,12 +155,7 @@ def _make_inputs(work: Work, device: torch.device, seed: int) -> dict[str, Tenso
         numbers = torch.randn(shape, generator=generator, device=device)
         return numbers.mul_(scale).to(DTYPES[work.dtype])
 
-    given = {"x": draw(work.x), WEIGHT: draw(work.weight, work.depth**-0.5)}
-    if work.has_bias:
-        given[BIAS] = draw(work.out[-1:])
-    if work.has_residual:
-        given["residual"] = draw(work.residual_shape())
-    return given
+    return {name: draw(shape, work.depth**-0.5 if name == WEIGHT else 1.0) for name, shape in work.operands().items()}
 
 
 def _inputs(work: Work, given: dict[str, Tensor]) -> list[Tensor]:

@@ -96,6 +96,12 @@ class Work:
         """Names the work in plans and timing caches."""
         return f"{'x'.join(map(str, self.x))} {self.family}"
 
+    def operands(self) -> dict[str, Shape]:
+        """Shapes of all that is read, by the names that :meth:`op` has for it."""
+        shapes = {"x": self.x, WEIGHT: self.weight}
+        shapes |= {BIAS: self.out[-1:]} if self.has_bias else {}
+        return shapes | ({"residual": self.residual_shape()} if self.has_residual else {})
+
     def residual_shape(self) -> Shape:
         n, h, w, c = self.out
         return n, h // self.upsample[0], w // self.upsample[1], c
