@@ -2,7 +2,7 @@
 
     python -m benchmarks.mask_proposals [--arch resnet50] [--variant dual] [--rounds 5] [-o results/mask_proposals.json]
 
-checks that both give the same scores everywhere and the same masks at the winners, and reports seconds and ratios, of
+checks that both give the same best places, scores and masks, and reports seconds and ratios, of
 wall time and of processor time, from a preprocessed image to masks and regions. Fresh weights: the work does not depend
 on what they are. "dense" is the PyTorch model in eval mode as its checkpoint has it: scores and masks everywhere, then
 the best; "dense, folded" has its batch norms folded into convolutions.
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import describe_run
-from fpn_engine.backends.native.masks import NativeMaskAnswer, NativeMaskTrunk
-from fpn_engine.backends.native.packing import unpack_part
-from fpn_engine.masks.pipeline import MaskPipeline, select_winners
+from fpn_engine.backends.native.masks import make_native_masks
+from fpn_engine.masks.pipeline import MaskPipeline
 from fpn_engine.masks.regions import Regions
 from fpn_engine.masks.spec import MaskSpec
+from fpn_engine.masks.winners import select_winners
 from fpn_engine.tasks import PaddedMasks
 from fpn_export.batch_norm import fold_batch_norm
 from fpn_export.masks.model import FpnMasks
@@ -58,21 +58,21 @@ def make_plan(model: FpnMasks) -> MaskPipeline:
     spec, path = model.spec, Path("masks.onnx")
     networks = cut_networks(export_mask_onnx(model), spec)
     parts = make_native_parts(path, networks, spec, "fp32", lambda step: None)
-    answer = NativeMaskAnswer([unpack_part(name, parts) for name in spec.head_names], spec)
-    return MaskPipeline(spec, NativeMaskTrunk(*unpack_part("trunk", parts), spec), answer)
+    return MaskPipeline(spec, *make_native_masks(parts, spec))
 
 
 def compare(model: FpnMasks, plan: MaskPipeline, images: Tensor) -> dict[str, float]:
-    """The largest differences of score logits, everywhere, and of mask logits, at the plan's winners."""
+    """The largest differences of logits: of scores, rank by rank and at the plan's winners, and of masks there."""
     scores, masks = model.dense(images)
-    out = plan.trunk(images)
-    of_scores = max(float((a - b).abs().max()) for a, b in zip(out.scores, scores, strict=True))
-    winners, found = select_winners(out.scores, plan.spec.masks_per_img), plan.propose(out)
+    k = plan.spec.masks_per_img
+    winners, found = plan.choose(plan.trunk(images), k)
+    of_scores = float((winners.logits - select_winners(scores, k).logits).abs().max())
     of_masks = 0.0
     for slot, (place, head) in enumerate(zip(winners.places[0].tolist(), winners.heads[0].tolist(), strict=True)):
         image, level, y, x = place
-        there = masks[level][image, head, :, y, x].view_as(found.masks[0, slot])
-        of_masks = max(of_masks, float((found.masks[0, slot] - there).abs().max()))
+        there = masks[level][image, head, :, y, x].view_as(found[0, slot])
+        of_masks = max(of_masks, float((found[0, slot] - there).abs().max()))
+        of_scores = max(of_scores, abs(float(winners.logits[0, slot] - scores[level][image, head, y, x])))
     spread = float(torch.cat([level.flatten() for level in scores]).std())
     return {"scores": of_scores, "masks": of_masks, "standard deviation of scores": spread}
 

@@ -32,6 +32,9 @@ def _choose(places: Tensor, level: int, images: int) -> Tensor:
     return there.nonzero()[:, 0]
 
 
+PORTION = 256  # windows whose numbers the reference has at a time: a few MB, which caches hold
+
+
 def gather_windows_reference(features: Sequence[Tensor], places: Tensor, kernel: int) -> Tensor:
     n, c = features[0].shape[:2]
     out = features[0].new_zeros(len(places), kernel**2, c)
@@ -41,7 +44,7 @@ def gather_windows_reference(features: Sequence[Tensor], places: Tensor, kernel:
             table = level.permute(0, 2, 3, 1).reshape(-1, c)
             index, inside = _cells_of(places[chosen], kernel, *level.shape[2:])
             rows = table.index_select(0, index.flatten()).view(*index.shape, c)
-            out = out.index_copy(0, chosen, rows.masked_fill(~inside[..., None], 0))
+            out.index_copy_(0, chosen, rows.masked_fill_(~inside[..., None], 0))
     return out.view(-1, kernel, kernel, c)
 
 
@@ -62,8 +65,13 @@ def gather_windows_backward_reference(gradient: Tensor, sizes: Sequence[int], pl
 def window_linear_reference(
     features: Sequence[Tensor], places: Tensor, weight: Tensor, bias: Tensor | None, kernel: int, relu: bool
 ) -> Tensor:
-    out = F.linear(gather_windows_reference(features, places, kernel).flatten(1), weight, bias)
-    return out.relu() if relu else out
+    out = torch.cat(
+        [
+            F.linear(gather_windows_reference(features, part, kernel).flatten(1), weight, bias)
+            for part in places.split(PORTION)
+        ]
+    )
+    return out.relu_() if relu else out
 
 
 def _sizes_of(features: Sequence[Tensor]) -> list[int]:

@@ -6,58 +6,39 @@ trunk -> the best k of all levels and heads -> windows of the winners -> MLP -> 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fpn_engine.masks.regions import Regions
+from fpn_engine.masks.screening import LayeredAnswer, decide
 from fpn_engine.masks.spec import MaskSpec
+from fpn_engine.masks.winners import Winners, select_winners
 from fpn_engine.pipeline import Proposals
 from fpn_engine.preprocessing import preprocess_batch
 from fpn_engine.stages import PREPROCESS, PROPOSALS, TRUNK, stage
 from fpn_engine.tasks import PaddedMasks, Task
-from fpn_kernels import PackedImages, find_nonfinite, select_topk, stable_topk
+from fpn_kernels import PackedImages, find_nonfinite
 
 
 class MaskTrunkOutput(NamedTuple):
-    """Attributes: features: levels (N, d, H_l, W_l), finest first. scores: logits (N, A, H_l, W_l) of the A heads."""
+    """What a trunk makes of images.
+
+    Attributes:
+        features: levels (N, d, H_l, W_l), finest first.
+        scores: logits (N, A, H_l, W_l) of the A heads.
+        exact: where ``scores`` are rough, makes exact ones; then the answer is a :class:`LayeredAnswer`.
+    """
 
     features: tuple[Tensor, ...]
     scores: tuple[Tensor, ...]
+    exact: Callable[[], tuple[Tensor, ...]] | None = None
 
 
 # Images to the above; number of a head, levels and places (R, 4) to mask logits (R, S, S).
 MaskTrunk = Callable[[Tensor], MaskTrunkOutput]
 MaskAnswer = Callable[[int, Sequence[Tensor], Tensor], Tensor]
-
-
-class Winners(NamedTuple):
-    """The best places of a batch.
-
-    Attributes: logits: (N, K) float32, descending. heads: (N, K) int64. places: (N, K, 4) int64: image, position of the
-        level, y, x.
-    """
-
-    logits: Tensor
-    heads: Tensor
-    places: Tensor
-
-
-def select_winners(scores: Sequence[Tensor], k: int) -> Winners:
-    """The ``k`` best of all levels, locations and heads of each image; ties by lower level, y, x, head.
-
-    Args: scores: logits of each level, (N, A, H_l, W_l). NaN ranks last.
-    """
-    logits, indices, levels = select_topk(scores, k)
-    best = stable_topk(logits, min(k, logits.shape[1]))
-    index, level = indices.gather(1, best), levels[best]
-    n, heads = scores[0].shape[:2]
-    widths = torch.tensor([part.shape[3] for part in scores], device=index.device)
-    cell = index // heads
-    image = torch.arange(n, device=index.device)[:, None].expand_as(cell)
-    places = torch.stack([image, level, cell // widths[level], cell % widths[level]], dim=2)
-    return Winners(logits.gather(1, best), index % heads, places)
 
 
 class MaskPipeline:
@@ -114,13 +95,22 @@ class MaskPipeline:
     def propose(self, out: MaskTrunkOutput, limit: int | None = None) -> PaddedMasks:
         """The proposals in what a trunk put out."""
         with stage(PROPOSALS):
-            winners = select_winners(out.scores, self.spec.masks_per_img if limit is None else limit)
-            masks = self._answer(out.features, winners)
+            winners, masks = self.choose(out, self.spec.masks_per_img if limit is None else limit)
         _, level, y, x = winners.places.unbind(dim=2)
         regions = self._regions.cover(level, winners.heads, y, x)
         status = find_nonfinite([*out.scores, masks])
         counts = torch.full_like(status, winners.logits.shape[1])
         return PaddedMasks(regions, winners.logits.sigmoid(), masks, counts, status)
+
+    def choose(self, out: MaskTrunkOutput, k: int) -> tuple[Winners, Tensor]:
+        """The best ``k`` places of each image and their mask logits, (N, K, S, S)."""
+        scores = out.scores
+        if out.exact is not None:
+            if decided := decide(out.features, scores, k, cast(LayeredAnswer, self.answer)):
+                return decided
+            scores = out.exact()
+        winners = select_winners(scores, k)
+        return winners, self._answer(out.features, winners)
 
     def _answer(self, features: Sequence[Tensor], winners: Winners) -> Tensor:
         """Mask logits (N, K, S, S) of the winners, each by its own head."""

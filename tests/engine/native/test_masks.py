@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from onnx import ModelProto
 
-from fpn_engine.backends.native.masks import NativeMaskAnswer, NativeMaskTrunk, load_native_masks
+from fpn_engine.backends.native import masks
+from fpn_engine.backends.native.cpu_convolution import has_bfloat16, has_fused_convolution
+from fpn_engine.backends.native.level_scores import LevelScores, split_scores
+from fpn_engine.backends.native.masks import NativeMaskAnswer, NativeMaskTrunk, load_native_masks, make_native_masks
 from fpn_engine.backends.native.ops import FLOAT16, FLOAT32, WindowScore
 from fpn_engine.backends.native.packing import pack_part, unpack_part
 from fpn_engine.errors import PlanError
-from fpn_engine.masks.pipeline import MaskPipeline
+from fpn_engine.masks import screening
+from fpn_engine.masks.pipeline import MaskPipeline, MaskTrunkOutput
 from fpn_engine.plan import Manifest, Part, Plan
 from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.onnx_export import export_mask_onnx
@@ -73,6 +80,75 @@ def test_each_of_a_thousand_masks_is_pytorchs(model: FpnMasks, networks: dict[st
     assert found.masks.shape[1] == 1000
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
     assert_same_masks(found.regions, found.masks, expected, (160, 224))
+
+
+@pytest.fixture
+def screened(model: FpnMasks, networks: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch) -> MaskPipeline:
+    """The plan with rough scores, for however small an image."""
+    if not (has_fused_convolution() and has_bfloat16()):
+        pytest.skip("this processor or torch does not convolve in bfloat16")
+    monkeypatch.setattr(masks, "LEAST_PLACES", 0)
+    parts = make_plan(model, networks, "fp32").parts
+    return MaskPipeline(model.spec, *make_native_masks(parts, model.spec, threads=1, screens=True))
+
+
+@torch.no_grad()
+def test_rough_scores_choose_the_same_masks(model: FpnMasks, screened: MaskPipeline) -> None:
+    images = random_images(2, 160, 224)
+    out, expected = screened.trunk(images), model.trunk(images).scores
+    assert out.exact is not None
+    for rough, exact, right in zip(out.scores, out.exact(), expected, strict=True):
+        assert 1e-4 < float((rough - right).abs().max()) < 0.3
+        torch.testing.assert_close(exact, right, rtol=0, atol=1e-4)
+    assert screening.decide(out.features, out.scores, 300, screened.answer) is not None  # type: ignore[arg-type]
+    found, right_masks = screened(images, 300), model.pipeline(images, 300)
+    torch.testing.assert_close(found.scores, right_masks.scores, rtol=0, atol=1e-5)
+    assert_same_masks(found.regions, found.masks, right_masks, (160, 224))
+    assert found.status.tolist() == [0, 0]
+
+
+def test_scores_that_are_too_rough_are_made_again(
+    model: FpnMasks, screened: MaskPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = torch.Generator().manual_seed(0)
+
+    def spoil(self: LevelScores, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(score + torch.randn(score.shape, generator=noise) for score in self.exact(levels))
+
+    monkeypatch.setattr(LevelScores, "rough", spoil)
+    images = random_images(2, 160, 224)
+    torch.testing.assert_close(screened(images, 300).scores, model.pipeline(images, 300).scores, rtol=0, atol=1e-5)
+
+
+def test_nan_shows_through_rough_scores(screened: MaskPipeline) -> None:
+    levels = tuple(level.clone() for level in screened.trunk(random_images()).features)
+    levels[0][1, 3, 7, 7] = torch.nan
+    scores = screened.trunk._screened  # type: ignore[attr-defined]
+    out = MaskTrunkOutput(levels, scores.rough(levels), partial(scores.exact, levels))
+    assert (screened.propose(out).status != 0).tolist() == [False, True]
+
+
+def test_small_images_are_scored_exactly_at_once(model: FpnMasks, networks: dict[str, ModelProto]) -> None:
+    trunk, _ = make_native_masks(make_plan(model, networks, "fp32").parts, model.spec, screens=True)
+    out = trunk(random_images())
+    assert out.exact is None
+    with torch.no_grad():
+        expected = model.trunk(random_images()).scores
+    for ours, theirs in zip(out.scores, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_only_what_reads_the_levels_is_screened(model: FpnMasks, networks: dict[str, ModelProto]) -> None:
+    program, weights = unpack_part("trunk", make_plan(model, networks, "bf16").parts)
+    short, scores = split_scores(program, weights, 5)
+    assert [op.output for op in scores] == list(program.outputs[5:])
+    assert short.outputs == program.outputs[:5]
+    kinds = Counter(op.KIND for op in program.ops) - Counter(op.KIND for op in short.ops)
+    assert kinds == {"window_score": 2, "cast": 5}
+    swapped = [dataclasses.replace(op, inputs=op.inputs[::-1]) if op in scores else op for op in program.ops]
+    assert split_scores(dataclasses.replace(program, ops=tuple(swapped)), weights, 5)[1] == []
+    broken = weights | {scores[0].scale: weights[scores[0].scale] * torch.nan}
+    assert split_scores(program, broken, 5)[1] == []
 
 
 def test_spectra_are_for_the_cpu(model: FpnMasks, networks: dict[str, ModelProto]) -> None:

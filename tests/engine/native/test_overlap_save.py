@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fpn_engine.backends.native import cpu, overlap_save
-from fpn_engine.backends.native.cpu_convolution import has_fused_convolution
+from fpn_engine.backends.native.cpu_convolution import has_bfloat16, has_fused_convolution
 from fpn_engine.backends.native.executor import CpuExecutor
 from fpn_engine.backends.native.ops import WindowScore
 from fpn_engine.backends.native.overlap_save import OverlapSave, tile_side
@@ -127,3 +127,18 @@ def test_what_does_not_fit_is_told() -> None:
     program = Program(input="x", ops=(op,), outputs=("y",))
     with pytest.raises(ValueError, match="window_score y"):
         infer_shapes(program.ops, {"x": (1, 9, 9, 6)}, {name: tuple(t.shape) for name, t in layer.items()})
+
+
+@needs_onednn
+@pytest.mark.skipif(not has_bfloat16(), reason="this processor or torch does not convolve in bfloat16")
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_in_bfloat16_scores_are_rough(kernel: int) -> None:
+    """Right to a few hundredths of their spread, and in another order of work than in float32."""
+    layer, levels = make_layer(kernel, hidden=300, channels=64), make_levels(2, 64)
+    rough = OverlapSave(*(layer[name] for name in ("weight", "bias", "scale", "shift")), torch.bfloat16)
+    found = torch.cat([level.flatten() for level in rough([level.bfloat16() for level in levels])])
+    right = torch.cat([level.flatten() for level in convolve(levels, layer)])
+    assert found.dtype == torch.float32
+    off = (found - right).abs()
+    assert float(off.max()) <= 0.1 * float(right.std())
+    assert float(off.max()) > 1e-4 * float(right.std())  # else it was float32

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fpn_engine.masks.pipeline import MaskPipeline, select_winners
+from fpn_engine.masks.pipeline import MaskPipeline
 from fpn_engine.masks.spec import MaskSpec
+from fpn_engine.masks.winners import select_winners
 from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.variants import VARIANTS, make_variant
 from tests.export.masks.tiny import random_images, tiny_model, tiny_spec

@@ -128,8 +128,10 @@ def _make_linear(op: Linear, weights: Weights) -> Run:
     return run
 
 
-def _make_window_score(op: WindowScore, weights: Weights, fused: bool) -> Run:
-    """By spectra where oneDNN is there and they do not take too much memory, else convolution by convolution."""
+def make_level_scores(op: WindowScore, weights: Weights, fused: bool) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Levels (N, H, W, C) to scores (N, H, W): by spectra where oneDNN is there and they do not take too much memory,
+    else convolution by convolution.
+    """
     weight, score = weights[op.weight], weights[op.scale]
     bias, score_bias = (None if name is None else weights[name] for name in (op.bias, op.shift))
     hidden, kernel, _, channels = weight.shape
@@ -138,9 +140,13 @@ def _make_window_score(op: WindowScore, weights: Weights, fused: bool) -> Run:
         maps = [F.conv2d(nchw(x), nchw(weight), bias, padding=kernel // 2).relu_() for x in levels]
         return [F.conv2d(x, score.view(1, -1, 1, 1), score_bias)[:, 0] for x in maps]
 
-    score_levels: Callable[[Sequence[Tensor]], list[Tensor]] = convolve
     if fused and weight.dtype == torch.float32 and spectrum_bytes(channels, hidden, kernel) <= MAX_SPECTRUM_BYTES:
-        score_levels = OverlapSave(weight, bias, score, score_bias)
+        return OverlapSave(weight, bias, score, score_bias)
+    return convolve
+
+
+def _make_window_score(op: WindowScore, weights: Weights, fused: bool) -> Run:
+    score_levels = make_level_scores(op, weights, fused)
 
     def run(inputs: Sequence[Tensor], out: Tensor | None) -> Tensor:
         scores = torch.cat([level.flatten(1) for level in score_levels(inputs)], dim=1)[:, :, None, None]

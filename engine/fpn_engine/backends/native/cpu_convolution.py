@@ -173,6 +173,11 @@ def nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def nhwc(x: Tensor) -> Tensor:
+    """(N, C, H, W) in channels_last order as (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
 def spread(coarse: Tensor, scale: Pair) -> Tensor:
     """(N, H, W, C) as (N, H, 1, W, 1, C), which broadcasts over cells of ``scale``."""
     return coarse if scale == UNIT else coarse[:, :, None, :, None, :]

@@ -67,7 +67,7 @@ class CpuExecutor:
 
         Raises: ValueError for a shape that the program does not fit.
         """
-        with self._lock, torch.inference_mode(), _cpu_threads(self._threads):
+        with self._lock, torch.inference_mode(), cpu_threads(self._threads):
             prepared = self._prepare(tuple(x.shape))
             values = {self.program.input: _dense(x, DTYPES[self.program.input_dtype])}
             for op, run, read_last in zip(self.program.ops, self._runs, prepared.read_last, strict=True):
@@ -138,7 +138,7 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def _cpu_threads(number: int | None) -> Iterator[None]:
+def cpu_threads(number: int | None) -> Iterator[None]:
     """torch's threads set to ``number`` for a while."""
     before = torch.get_num_threads()
     if number is None or number == before:

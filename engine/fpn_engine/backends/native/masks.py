@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fpn_engine.backends.native.level_scores import LevelScores, screens_well, split_scores
 from fpn_engine.backends.native.loading import check_native
 from fpn_engine.backends.native.ops import NONE, RELU, Linear, WindowScore
 from fpn_engine.backends.native.packing import unpack_part
@@ -27,12 +29,18 @@ from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.plan import MAX_REASON, Plan, rebuild_hint
 from fpn_kernels import window_linear
 
+LEAST_PLACES = 32  # for each to be found: below, exact scores everywhere cost less than those of candidates
+
 
 class NativeMaskTrunk:
     """Images (N, 3, H, W) to levels and score logits, all channels_last; scores are float32.
 
     A program ends in a score map for each level, or, on the CPU, in a :class:`WindowScore` of all levels for each head.
-    ``input_dtype``: see Trunk. Args: as of :class:`fpn_engine.backends.native.parts.NativeTrunk`.
+    In the second case scores may be rough. ``input_dtype``: see Trunk.
+
+    Args:
+        screens: whether scores of large images are rough; None has it so where that is faster.
+        The others are those of :class:`fpn_engine.backends.native.parts.NativeTrunk`.
     Raises: ValueError if the program does not make such maps.
     """
 
@@ -45,18 +53,32 @@ class NativeMaskTrunk:
         spec: MaskSpec,
         threads: int | None = None,
         make_executor: MakeExecutor | None = None,
+        *,
+        screens: bool | None = None,
     ) -> None:
-        self._levels = len(spec.levels)
+        self._levels, self._heads = len(spec.levels), len(spec.heads)
         self._joined = any(isinstance(op, WindowScore) for op in program.ops)
         scores = [1] * len(spec.heads) if self._joined else [len(spec.heads)] * self._levels
         expected = [spec.feature_channels] * self._levels + scores
         check_outputs(program, weights, (1, PROBE_SIDE, PROBE_SIDE, 3), expected)
         check_float32(program, self._levels)
+        self._screened: LevelScores | None = None
+        self._least = LEAST_PLACES * spec.masks_per_img
+        if make_executor is None and (screens_well() if screens is None else screens):
+            program, window_scores = split_scores(program, weights, self._levels)
+            if window_scores:
+                self._screened = LevelScores(window_scores, weights, threads)
+                weights = {name: weights[name] for name in program.weights()}
         self.executor, self.input_dtype = make_trunk_executor(program, weights, threads, make_executor)
 
     def __call__(self, images: Tensor, /) -> MaskTrunkOutput:
         maps = self.executor(images.permute(0, 2, 3, 1))
         features = tuple(level.permute(0, 3, 1, 2) for level in maps[: self._levels])
+        if self._screened is not None:
+            exact = partial(self._screened.exact, features)
+            if sum(level[0, 0].numel() for level in features) * self._heads < self._least:
+                return MaskTrunkOutput(features, exact())
+            return MaskTrunkOutput(features, self._screened.rough(features), exact)
         if not self._joined:
             return MaskTrunkOutput(features, tuple(s.permute(0, 3, 1, 2) for s in maps[self._levels :]))
         sizes = [level.shape[2:] for level in features]
@@ -72,7 +94,12 @@ class NativeMaskTrunk:
 class NativeMaskAnswer:
     """Mask logits (R, S, S) at places, by the head's two layers; the first reads windows of the levels.
 
-    Args: heads: program and tensors of each. device: None is the CPU.
+    With the scores' layers a :class:`fpn_engine.masks.screening.LayeredAnswer` as well.
+
+    Args:
+        heads: program and tensors of each.
+        device: None is the CPU.
+        score_layers: weights (O,) and bias (1,) of each head, for :meth:`score`.
     Raises: ValueError if a program is not two layers that fit the spec.
     """
 
@@ -81,8 +108,10 @@ class NativeMaskAnswer:
         heads: Sequence[tuple[Program, Mapping[str, Tensor]]],
         spec: MaskSpec,
         device: torch.device | None = None,
+        score_layers: Sequence[tuple[Tensor, Tensor | None]] = (),
     ) -> None:
         self._spec = spec
+        self._score_layers = score_layers
         self._layers = []
         for (program, weights), head in zip(heads, spec.heads, strict=True):
             width = head.kernel**2 * spec.feature_channels
@@ -94,13 +123,26 @@ class NativeMaskAnswer:
             self._layers.append([None if tensor is None else tensor.to(device or "cpu") for tensor in tensors])
 
     def __call__(self, number: int, features: Sequence[Tensor], places: Tensor) -> Tensor:
-        first, bias, last, last_bias = self._layers[number]
+        return self.draw(number, self.hide(number, features, places))
+
+    def hide(self, number: int, features: Sequence[Tensor], places: Tensor) -> Tensor:
+        """The hidden numbers (R, O) of head ``number`` at ``places``, (R, 4) as of :func:`window_linear`."""
+        first, bias, *_ = self._layers[number]
         assert first is not None  # for mypy
-        assert last is not None
-        kernel, size = self._spec.heads[number].kernel, self._spec.mask_size
         features = [level.to(first.dtype) for level in features]
-        hidden = window_linear(features, places, first, bias, kernel=kernel, relu=True)
-        return F.linear(hidden, last, last_bias).view(-1, size, size)
+        return window_linear(features, places, first, bias, kernel=self._spec.heads[number].kernel, relu=True)
+
+    def draw(self, number: int, hidden: Tensor) -> Tensor:
+        """Mask logits (R, S, S)."""
+        *_, last, bias = self._layers[number]
+        assert last is not None  # for mypy
+        return F.linear(hidden, last, bias).view(-1, self._spec.mask_size, self._spec.mask_size)
+
+    def score(self, number: int, hidden: Tensor) -> Tensor:
+        """Score logits (R,)."""
+        weight, bias = self._score_layers[number]
+        scores = hidden @ weight
+        return scores if bias is None else scores + bias
 
 
 def load_native_masks(plan: Plan, threads: int | None = None) -> tuple[NativeMaskTrunk, NativeMaskAnswer]:
@@ -118,8 +160,26 @@ def load_native_masks(plan: Plan, threads: int | None = None) -> tuple[NativeMas
             from fpn_engine.backends.native.cuda.loading import prepare
 
             make, device = prepare(plan), torch.device("cuda", torch.cuda.current_device())
-        trunk = NativeMaskTrunk(*unpack_part("trunk", plan.parts), spec, threads, make)
-        answer = NativeMaskAnswer([unpack_part(name, plan.parts) for name in spec.head_names], spec, device)
+        return make_native_masks(plan.parts, spec, threads, make, device)
     except (ValueError, RuntimeError) as error:
         raise PlanError(f"the plan is damaged: {str(error)[:MAX_REASON]}; {rebuild_hint(plan.manifest)}") from None
-    return trunk, answer
+
+
+def make_native_masks(
+    parts: Mapping[str, bytes],
+    spec: MaskSpec,
+    threads: int | None = None,
+    make_executor: MakeExecutor | None = None,
+    device: torch.device | None = None,
+    *,
+    screens: bool | None = None,
+) -> tuple[NativeMaskTrunk, NativeMaskAnswer]:
+    """The trunk and the answer of a plan's parts; arguments and errors are theirs."""
+    program, weights = unpack_part("trunk", parts)
+    trunk = NativeMaskTrunk(program, weights, spec, threads, make_executor, screens=screens)
+    layers = [
+        (weights[op.scale], None if op.shift is None else weights[op.shift])
+        for op in program.ops
+        if isinstance(op, WindowScore)
+    ]
+    return trunk, NativeMaskAnswer([unpack_part(name, parts) for name in spec.head_names], spec, device, layers)
