@@ -20,7 +20,7 @@ from torch import Tensor
 from fpn_engine.masks.winners import Winners, select_winners
 from fpn_kernels import stable_topk
 
-RESERVES = (1.5, 3.0)  # candidates for each place to be found, and where those do not settle it
+RESERVES = (1.5, 2.0, 3.0)  # candidates for each place to be found, and where those do not settle it
 LEAST = 512  # candidates, for a view of how far off rough scores are
 MARGIN = 3.0
 

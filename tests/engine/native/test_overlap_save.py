@@ -136,7 +136,7 @@ def test_in_bfloat16_scores_are_rough(kernel: int) -> None:
     """Right to a few hundredths of their spread, and in another order of work than in float32."""
     layer, levels = make_layer(kernel, hidden=300, channels=64), make_levels(2, 64)
     rough = OverlapSave(*(layer[name] for name in ("weight", "bias", "scale", "shift")), torch.bfloat16)
-    found = torch.cat([level.flatten() for level in rough([level.bfloat16() for level in levels])])
+    found = torch.cat([level.flatten() for level in rough(levels)])
     right = torch.cat([level.flatten() for level in convolve(levels, layer)])
     assert found.dtype == torch.float32
     off = (found - right).abs()

@@ -37,15 +37,15 @@ class LevelScores:
 
     def rough(self, levels: Sequence[Tensor]) -> Scores:
         """In bfloat16, by spectra."""
-        return self._score(self._rough, levels, torch.bfloat16)
+        return self._score(self._rough, levels)
 
     def exact(self, levels: Sequence[Tensor]) -> Scores:
         """In float32, as the operation itself has it."""
-        return self._score(self._exact, levels, torch.float32)
+        return self._score(self._exact, levels)
 
-    def _score(self, heads: Sequence[ScoreLevels], levels: Sequence[Tensor], dtype: torch.dtype) -> Scores:
+    def _score(self, heads: Sequence[ScoreLevels], levels: Sequence[Tensor]) -> Scores:
         with self._lock, torch.inference_mode(), cpu_threads(self._threads):
-            maps = [nhwc(level).to(dtype) for level in levels]
+            maps = [nhwc(level).float() for level in levels]
             scores = [score(maps) for score in heads]
             return tuple(torch.stack(of_level, dim=1) for of_level in zip(*scores, strict=True))
 
