@@ -12,8 +12,8 @@ scores need 512 hidden channels everywhere. Those of a tile become its scores at
 - Transforms are products with small matrices, which for sides this small takes a third of the time of FFT libraries.
 - The products of all frequencies are one grouped 1x1 convolution of oneDNN on rows of tiles.
 - What is transformed are deviations from each channel's mean, the zeros around a level among them; what the mean itself
-  makes of a window is the same everywhere. Most of a trained pyramid's features is their mean, and most of rounding with
-  it.
+  makes of a window is the same everywhere. Most of a trained pyramid's features is their mean, and most of the rounding
+  with it.
 
 Rounding is less than a direct convolution's, whose sums are longer. In bfloat16 all of it takes half the bytes, and on
 processors that multiply bfloat16 six tenths of the time, for scores that are right to one part in a hundred of their
