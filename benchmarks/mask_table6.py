@@ -11,6 +11,7 @@ command. ``--minutes`` ends a call when a row begins or is under way after so lo
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 import time
@@ -83,28 +84,30 @@ def run_row(name: str, scale: Scale, folder: Path, should_stop: Callable[[], boo
         habits=Habits(save_every=50),
         device="cpu",
     )
-    progress = _Printer(name)
-    if not train_masks(job, progress, should_stop).complete:
+    if not train_masks(job, _make_printer(name), should_stop).complete:
         return None
     others = SceneExamples(VALIDATION_SEED, scale.val_scenes, SIZE)
     validation = SegmentValidation(others.truth, lambda number: others[number].pixels)
     score = validation(load_mask_model(output / "last.pth"))
-    return {"row": name, "variant": variant, "steps": steps, "seconds": round(progress.seconds), **score.to_dict()}
+    return {"row": name, "variant": variant, "steps": steps, "seconds": _training_seconds(output), **score.to_dict()}
 
 
-class _Printer:
+def _make_printer(name: str) -> Callable[[Progress], None]:
     """Progress on stderr, a line for every 25 updates."""
 
-    def __init__(self, name: str) -> None:
-        self.seconds = 0.0
-        self._name = name
-
-    def __call__(self, progress: Progress) -> None:
-        self.seconds = progress.seconds
+    def show(progress: Progress) -> None:
         if progress.step % 25 == 0 or progress.step == progress.steps:
             losses = "  ".join(f"{key} {value:.3f}" for key, value in progress.losses.items())
-            line = f"{self._name}: {progress.step}/{progress.steps}  {losses}  {progress.seconds:.0f} s"
+            line = f"{name}: {progress.step}/{progress.steps}  {losses}  {progress.seconds:.0f} s"
             print(line, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _training_seconds(output: Path) -> int:
+    """Of all runs, by the log: a row may be trained by one call and scored by another."""
+    with (output / "log.csv").open(newline="") as file:
+        return round(float(list(csv.DictReader(file))[-1]["seconds"]))
 
 
 def run_table(scale: Scale, folder: Path, output: Path, should_stop: Callable[[], bool], command: str) -> bool:

@@ -12,10 +12,14 @@ import torch
 
 from benchmarks import bundle as bundle_module
 from benchmarks import mask_table6
+from benchmarks.mask_screening import measure
 from benchmarks.mask_table6 import BASE, ROWS, Scale, main, run_table
+from fpn_engine.backends.native.cpu_convolution import has_bfloat16, has_fused_convolution
 from fpn_engine.errors import CheckpointError
+from fpn_export.bundled import find_bundled
 from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.variants import make_variant
+from fpn_export.scenes.dataset import IMAGES, write_coco
 from tests.export.masks.tiny import tiny_model
 from tests.test_figures import PROVENANCE
 
@@ -54,6 +58,22 @@ def test_an_output_of_another_scale_is_kept(tmp_path: Path) -> None:
 def test_a_call_of_no_minutes_begins_nothing(tmp_path: Path) -> None:
     assert main([str(tmp_path), "-o", str(tmp_path / "table.json"), "--minutes", "0"]) == 75
     assert list(tmp_path.iterdir()) == []
+
+
+def test_seconds_are_those_of_all_runs(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,loss,seconds\n1,5.0,2.25\n2,4.0,7.75\n")
+    assert mask_table6._training_seconds(tmp_path) == 8
+
+
+@pytest.mark.skipif(not (has_fused_convolution() and has_bfloat16()), reason="no bfloat16 in oneDNN here")
+def test_rough_scores_miss_no_place(tmp_path: Path) -> None:
+    """The bundled model on two scenes: the places that exact scores choose, and by a margin."""
+    write_coco(tmp_path, 7, 2)
+    found = measure(sorted((tmp_path / IMAGES).iterdir()), find_bundled("scene-masks"), 480)
+    assert found["images"] == 2
+    assert found["places missed"] == 0
+    assert sum(found["settled by candidates"].values()) == 2
+    assert 1e-4 < found["largest difference, in deviations of scores"] < 0.1
 
 
 def test_a_model_of_the_table_is_small_enough_to_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

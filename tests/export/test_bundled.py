@@ -85,7 +85,7 @@ def test_the_json_names_the_checkpoint() -> None:
 
 
 def test_the_mask_model_covers_objects() -> None:
-    """An early one: average recall 0.24 of 1000 masks on 100 scenes (benchmarks.mask_table6)."""
+    """Average recall 0.30 of 1000 masks on 100 scenes (benchmarks.mask_table6)."""
     others = SceneExamples(1_000_001, MASK_SCENES, (240, 320))
     validation = SegmentValidation(others.truth, lambda number: others[number].pixels)
     assert validation(load_mask_model(CHECKPOINT.with_name("scene-masks.safetensors"))).AR1000 >= LEAST_RECALL
