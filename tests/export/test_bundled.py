@@ -29,7 +29,7 @@ HELD_OUT = 20_170_420  # the data set beside that of the demonstration
 SCENES = 6
 # One that is trained further has to find more, and less that is not there.
 FOUND, SPURIOUS = 0.65, 0.55
-MASK_SCENES, LEAST_RECALL = 20, 0.18
+MASK_SCENES, LEAST_RECALL = 20, 0.25
 FRESH_SEED, FRESH_SCENES, LEAST_AP = 500, 30, 0.55  # the first of benchmarks.score_bundled, where 500 give AP 0.60
 
 
