@@ -37,16 +37,16 @@ class LevelScores:
 
     def rough(self, levels: Sequence[Tensor]) -> Scores:
         """In bfloat16, by spectra."""
-        return self._score(self._rough, levels)
+        return self._score(levels, rough=True)
 
     def exact(self, levels: Sequence[Tensor]) -> Scores:
         """In float32, as the operation itself has it."""
-        return self._score(self._exact, levels)
+        return self._score(levels, rough=False)
 
-    def _score(self, heads: Sequence[ScoreLevels], levels: Sequence[Tensor]) -> Scores:
+    def _score(self, levels: Sequence[Tensor], *, rough: bool) -> Scores:
         with self._lock, torch.inference_mode(), cpu_threads(self._threads):
             maps = [nhwc(level).float() for level in levels]
-            scores = [score(maps) for score in heads]
+            scores = [score(maps) for score in (self._rough if rough else self._exact)]
             return tuple(torch.stack(of_level, dim=1) for of_level in zip(*scores, strict=True))
 
     @cached_property
