@@ -67,10 +67,11 @@ take() {
         >> "$out/benchmarks.log" 2>&1 || failed+=("$2: exit code $?")
 }
 
-# The most wanted first: one image kernel by kernel, then beside torchvision, then what fp16 finds, then batches.
+# The most wanted first: one image kernel by kernel, detector and masks, then beside torchvision, then what fp16 finds, then batches.
 declare -A minutes_of=([peers]=1 [precision]=1 [batches]=1 [rest]=1)
 rows="$out/benchmarks.json"
 take 25 replay benchmarks.replay -o "$out/replay.json"
+take 15 masks benchmarks.replay_masks -o "$out/replay.json"
 take 30 peers benchmarks.bench_peers -o "$rows" --only "R50-FPN, 800x1216, batch 1" \
     --contestant "torchvision fp16 autocast*" --contestant "*native fp16" --contestant "*native bf16"
 take 25 precision benchmarks.bench_precision -o "$rows"

@@ -130,9 +130,14 @@ class Pipeline:
         return self(images, image_sizes, task.thresholds, proposals)
 
     @property
+    def parts(self) -> tuple[Trunk, BoxHead | None]:
+        """The neural parts."""
+        return self.trunk, self.head
+
+    @property
     def captures(self) -> bool:
         """Whether the parts can be recorded in a CUDA graph."""
-        return all(getattr(part, "captures", True) for part in (self.trunk, self.head))
+        return all(getattr(part, "captures", True) for part in self.parts)
 
     def find_proposals(self, images: Tensor, image_sizes: Tensor) -> PaddedDetections:
         """The RPN's proposals in a preprocessed batch as detections of label 1, rpn_post_nms_top_n_test slots.

@@ -12,8 +12,10 @@ import torch
 
 from benchmarks import bundle as bundle_module
 from benchmarks import mask_table6
+from benchmarks.mask_proposals import make_plan
 from benchmarks.mask_screening import measure
 from benchmarks.mask_table6 import BASE, ROWS, Scale, main, run_table
+from benchmarks.replay_masks import compare, normalise
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16, has_fused_convolution
 from fpn_engine.errors import CheckpointError
 from fpn_export.bundled import find_bundled
@@ -74,6 +76,15 @@ def test_rough_scores_miss_no_place(tmp_path: Path) -> None:
     assert found["places missed"] == 0
     assert sum(found["settled by candidates"].values()) == 2
     assert 1e-4 < found["largest difference, in deviations of scores"] < 0.1
+
+
+@torch.no_grad()
+def test_the_yardstick_of_a_replay_sees_wrong_scores() -> None:
+    model = tiny_model(masks_per_img=20)
+    image = normalise(torch.randint(0, 256, (96, 128, 3), dtype=torch.uint8).numpy(), model.spec, torch.device("cpu"))
+    assert compare(model, make_plan(model), image) < 1e-4
+    other = tiny_model(1, masks_per_img=20)
+    assert compare(other, make_plan(model), image) > 0.1
 
 
 def test_a_model_of_the_table_is_small_enough_to_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

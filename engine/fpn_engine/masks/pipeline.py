@@ -64,6 +64,16 @@ class MaskPipeline:
         self._fixed_shapes = self.device.type != "cpu" if fixed_shapes is None else fixed_shapes
         self._regions = Regions(spec, self.device)
 
+    @property
+    def parts(self) -> tuple[MaskTrunk, MaskAnswer]:
+        """The neural parts."""
+        return self.trunk, self.answer
+
+    @property
+    def captures(self) -> bool:
+        """Whether the parts can be recorded in a CUDA graph."""
+        return all(getattr(part, "captures", True) for part in self.parts)
+
     def preprocess(self, packed: PackedImages, image_sizes: Tensor, padded_size: tuple[int, int]) -> Tensor:
         """(N, 3, *padded_size), as the trunk wants it; see :meth:`fpn_engine.pipeline.Pipeline.preprocess`."""
         dtype = getattr(self.trunk, "input_dtype", torch.float32)

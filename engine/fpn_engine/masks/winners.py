@@ -32,8 +32,9 @@ def select_winners(scores: Sequence[Tensor], k: int) -> Winners:
     best = stable_topk(logits, min(k, logits.shape[1]))
     index, level = indices.gather(1, best), levels[best]
     n, heads = scores[0].shape[:2]
-    widths = torch.tensor([part.shape[3] for part in scores], device=index.device)
+    # Filled on the device: a table of host values would have to be copied there, which no graph can record.
+    widths = torch.cat([level.new_full((1,), part.shape[3]) for part in scores])[level]
     cell = index // heads
     image = torch.arange(n, device=index.device)[:, None].expand_as(cell)
-    places = torch.stack([image, level, cell // widths[level], cell % widths[level]], dim=2)
+    places = torch.stack([image, level, cell // widths, cell % widths], dim=2)
     return Winners(logits.gather(1, best), index % heads, places)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fpn_engine.errors import DeviceMemoryError
-from fpn_engine.pipeline import Pipeline, Proposals
+from fpn_engine.masks.spec import MaskSpec
+from fpn_engine.pipeline import Proposals
 from fpn_engine.runtime.graphs import Capture, Captured, GraphCache
 from fpn_engine.runtime.packet import PacketForm, pack_result
-from fpn_engine.runtime.staging import SLOTS, Arriving, StagingRing
+from fpn_engine.runtime.runner import AnyPipeline
+from fpn_engine.runtime.staging import SLOTS, StagingRing
 from fpn_engine.runtime.transport import Transport
-from fpn_engine.tasks import Group, Task
+from fpn_engine.tasks import Group, Pending, Task
 from fpn_kernels import PackedImages
 
 IMAGE_BYTES = 6 << 20  # staged per image to begin with: 2 megapixels; larger ones make the ring grow
@@ -27,7 +29,7 @@ class Line:
         head: (head_bytes,) uint8, the head of the packet to run.
     """
 
-    def __init__(self, pipeline: Pipeline, task: Task, form: PacketForm, pixels: Tensor, head: Tensor) -> None:
+    def __init__(self, pipeline: AnyPipeline, task: Task, form: PacketForm, pixels: Tensor, head: Tensor) -> None:
         self.head = head
         self._pipeline = pipeline
         self._task = task
@@ -44,7 +46,7 @@ class Line:
 
 
 class CapturedRunner:
-    """Uploads beside what computes, replays graphs, and brings results back in one copy each.
+    """Uploads beside what computes, replays graphs, and brings results back in one copy each; masks stay there.
 
     A group is padded to the next power of two of images, ``batch_size`` at most, by repeating its last one, so that
     few graphs serve all; the rows behind it are computed and left. Several threads may submit; one at a time goes
@@ -60,7 +62,7 @@ class CapturedRunner:
     depth = SLOTS
 
     def __init__(
-        self, pipeline: Pipeline, transport: Transport, capture: Capture, *, batch_size: int, graph_memory: int
+        self, pipeline: AnyPipeline, transport: Transport, capture: Capture, *, batch_size: int, graph_memory: int
     ) -> None:
         self._pipeline = pipeline
         self._transport = transport
@@ -70,7 +72,7 @@ class CapturedRunner:
         with torch.inference_mode(), transport.computing():
             self._ring = StagingRing(transport, batch_size * IMAGE_BYTES)
 
-    def submit(self, group: Group, task: Task) -> Arriving:
+    def submit(self, group: Group, task: Task) -> Pending:
         try:
             return self._submit(group, task)
         except DeviceMemoryError:  # which keeps what was computed so far, until this block is left
@@ -80,7 +82,7 @@ class CapturedRunner:
             self._transport.release()
         return self._submit(group, task)
 
-    def _submit(self, group: Group, task: Task) -> Arriving:
+    def _submit(self, group: Group, task: Task) -> Pending:
         form = self._form_of(group)
         size = form.count_bytes(group)
         with self._lock, torch.inference_mode(), self._transport.computing():
@@ -91,7 +93,10 @@ class CapturedRunner:
             slot.upload(form.write(slot.packet, group, slot.start))
             line = self.graphs.prepare((form, task), lambda: self._make_line(form, task))
             self._transport.copy(slot.region[: form.head_bytes], line.head)
-            return slot.download(self.graphs.run((form, task)), len(group.images))
+            packed, spec = self.graphs.run((form, task)), self._pipeline.spec
+            if isinstance(spec, MaskSpec):
+                return slot.keep(packed, len(group.images), spec.mask_size)
+            return slot.download(packed, len(group.images))
 
     def warm(self, group: Group, task: Task) -> None:
         self.capture(group, task)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fpn_engine import beside
 from fpn_engine.errors import BackendError, DeviceMemoryError
-from fpn_engine.pipeline import Pipeline
 from fpn_engine.runtime.captured import CapturedRunner
 from fpn_engine.runtime.gate import Gate
+from fpn_engine.runtime.runner import AnyPipeline
 
 StreamT = TypeVar("StreamT")
 # A capture begins by waiting for the whole device, and no other may be under way then; nor may memory be given back.
@@ -88,6 +88,12 @@ class CudaTransport:
         target.copy_(source, non_blocking=True)
         return CudaEvent(self.device)
 
+    def keep(self, source: Tensor) -> tuple[Tensor, CudaEvent]:
+        return source.clone(), CudaEvent(self.device)
+
+    def hand_over(self, kept: Tensor) -> None:
+        kept.record_stream(torch.cuda.current_stream(self.device))
+
     def release(self) -> None:
         with _ONE_CAPTURE:
             torch.cuda.empty_cache()
@@ -122,7 +128,7 @@ class CudaCapture:
     ``nbytes`` is what is less on the device afterwards beyond what torch took, so that other programs blur it.
     """
 
-    def __init__(self, pipeline: Pipeline, transport: CudaTransport) -> None:
+    def __init__(self, pipeline: AnyPipeline, transport: CudaTransport) -> None:
         self._pipeline = pipeline
         self._transport = transport
         self.renew()
@@ -165,13 +171,13 @@ class CudaGraph:
     """
 
     def __init__(
-        self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, output: Tensor, nbytes: int, pipeline: Pipeline
+        self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, output: Tensor, nbytes: int, pipeline: AnyPipeline
     ) -> None:
         self.output = output
         self.nbytes = nbytes
         self._graph = graph
         self._stream = stream
-        self._held = [list(getattr(part, "buffers", ())) for part in (pipeline.trunk, pipeline.head)]
+        self._held = [list(getattr(part, "buffers", ())) for part in pipeline.parts]
 
     def replay(self) -> None:
         self._graph.replay()
@@ -182,7 +188,7 @@ class CudaGraph:
 
 
 def make_cuda_runner(
-    pipeline: Pipeline, *, batch_size: int, graph_memory: int | None = None, lanes: int = 1
+    pipeline: AnyPipeline, *, batch_size: int, graph_memory: int | None = None, lanes: int = 1
 ) -> CapturedRunner:
     """A runner for a pipeline on a CUDA device.
 

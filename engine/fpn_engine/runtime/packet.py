@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fpn_engine.tasks import Group, PaddedDetections
+from fpn_engine.tasks import Found, Group, PaddedDetections, PaddedMasks
 
 ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are less aligned
 
@@ -111,10 +111,17 @@ def _align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def pack_result(found: PaddedDetections) -> Tensor:
-    """(N, 4 + 7 D) int32: counts, status, labels, scores and boxes, their bits unchanged; one small copy."""
+def pack_result(found: Found) -> Tensor:
+    """(N, 4 + 7 D) int32: counts, status, labels, scores and boxes, their bits unchanged; one small copy.
+
+    Of masks (N, 4 + (5 + S^2) K): counts, status, scores, regions and logits.
+    """
     n = len(found.counts)
-    parts = (found.counts[:, None], found.status[:, None], found.labels, found.scores, found.boxes.reshape(n, -1))
+    parts = [found.counts[:, None], found.status[:, None]]
+    if isinstance(found, PaddedMasks):
+        parts += [found.scores, found.regions.reshape(n, -1), found.masks.reshape(n, -1)]
+    else:
+        parts += [found.labels, found.scores, found.boxes.reshape(n, -1)]
     return torch.cat([part.contiguous().view(torch.int32) for part in parts], dim=1)
 
 
@@ -131,4 +138,17 @@ def unpack_result(packed: Tensor) -> PaddedDetections:
         labels.view(torch.int64),
         counts.view(torch.int64)[:, 0],
         status.view(torch.int64)[:, 0],
+    )
+
+
+def unpack_masks(packed: Tensor, mask_size: int) -> PaddedMasks:
+    """What :func:`pack_result` packed of masks, as views of it where their types allow."""
+    slots = (packed.shape[1] - 4) // (5 + mask_size**2)
+    counts, status, scores, regions, masks = packed.split([2, 2, slots, 4 * slots, slots * mask_size**2], dim=1)
+    return PaddedMasks(
+        regions.view(torch.float32).unflatten(1, (slots, 4)),
+        scores.view(torch.float32),
+        masks.view(torch.float32).unflatten(1, (slots, mask_size, mask_size)),
+        counts.contiguous().view(torch.int64)[:, 0],
+        status.contiguous().view(torch.int64)[:, 0],
     )

@@ -7,9 +7,9 @@ import threading
 import torch
 from torch import Tensor
 
-from fpn_engine.runtime.packet import ALIGNMENT, Written, unpack_result
+from fpn_engine.runtime.packet import ALIGNMENT, Written, unpack_masks, unpack_result
 from fpn_engine.runtime.transport import Event, Transport
-from fpn_engine.tasks import PaddedDetections
+from fpn_engine.tasks import PaddedDetections, PaddedMasks
 
 SLOTS = 3  # one is written, one travels, one computes
 
@@ -30,6 +30,20 @@ class Arriving:
                 self._event.synchronize()
                 self._found = unpack_result(self._packed[: self._rows])
             return self._found
+
+
+class Staying:
+    """Masks that stay on the device: larger than is worth a download, and pasted there."""
+
+    def __init__(self, transport: Transport, packed: Tensor, rows: int, mask_size: int) -> None:
+        self._transport = transport
+        self._packed, self.event = transport.keep(packed)
+        self._rows, self._mask_size = rows, mask_size
+
+    def wait(self) -> PaddedMasks:
+        self.event.synchronize()
+        self._transport.hand_over(self._packed)
+        return unpack_masks(self._packed[: self._rows], self._mask_size)
 
 
 class Slot:
@@ -63,11 +77,17 @@ class Slot:
         self._arriving = Arriving(self._transport.download(packed, target), target, rows)
         return self._arriving
 
+    def keep(self, packed: Tensor, rows: int, mask_size: int) -> Staying:
+        """Leave on the device what :func:`pack_result` made of masks; its first ``rows`` rows count."""
+        staying = Staying(self._transport, packed, rows, mask_size)
+        self._read = staying.event
+        return staying
+
     def free(self) -> None:
         """Wait until the device has done with this place, and move its result out if nobody has yet."""
         if self._arriving is not None:
             self._arriving.wait()
-        elif self._read is not None:  # something failed between upload and download
+        elif self._read is not None:  # masks stayed, or something failed between upload and download
             self._read.synchronize()
         self._arriving = self._read = None
 

@@ -55,6 +55,14 @@ class Transport(Protocol):
         """Copy into a host buffer, in the computing stream; the event is when it is there."""
         ...
 
+    def keep(self, source: Tensor) -> tuple[Tensor, Event]:
+        """A copy that stays on the device, made in the computing stream; the event is when it is there."""
+        ...
+
+    def hand_over(self, kept: Tensor) -> None:
+        """Let the caller's current stream read what :meth:`keep` gave, and after its event alone."""
+        ...
+
     def release(self) -> None:
         """Give memory back that is kept for later use."""
         ...

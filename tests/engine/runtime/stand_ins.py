@@ -71,6 +71,13 @@ class DeferredTransport:
     def download(self, source: Tensor, target: Tensor) -> DeferredEvent:
         return self.give("download", lambda: target.copy_(source))
 
+    def keep(self, source: Tensor) -> tuple[Tensor, DeferredEvent]:
+        kept = torch.full_like(source, POISON)
+        return kept, self.give("keep", lambda: kept.copy_(source))
+
+    def hand_over(self, kept: Tensor) -> None:
+        self.log.append("hand over")
+
     def release(self) -> None:
         self.log.append("release")
 

@@ -76,7 +76,7 @@ class FakeCuda:
 def test_the_pool_is_what_it_holds(monkeypatch: pytest.MonkeyPatch, backend: str, size: int) -> None:
     """And it is run once more before it is recorded, in the thread that records."""
     cuda = FakeCuda(monkeypatch, backend)
-    nothing = SimpleNamespace(trunk=None, head=None)
+    nothing = SimpleNamespace(parts=())
     capture = CudaCapture(nothing, SimpleNamespace(stream="a stream"))  # type: ignore[arg-type]
 
     def run() -> Tensor:
