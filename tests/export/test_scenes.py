@@ -111,7 +111,18 @@ def test_coco_files_hold_the_scenes(tmp_path: Path) -> None:
     assert len({row["id"] for row in document["annotations"]}) == len(document["annotations"])
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_several_processes_write_the_same(tmp_path: Path) -> None:
+    drawn: list[int] = []
+    one = write_coco(tmp_path / "one", seed=5, count=19, size=(60, 80))
+    two = write_coco(tmp_path / "two", 5, 19, (60, 80), lambda: drawn.append(1), processes=2)
+    assert one.read_bytes() == two.read_bytes()
+    assert len(drawn) == 19
+    for path in (tmp_path / "one" / "images").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "images" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, processes: int) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FpnEngineError, match="cannot write"):
-        write_coco(tmp_path / "file" / "scenes", seed=0, count=1, size=(60, 80))
+        write_coco(tmp_path / "file" / "scenes", seed=0, count=1, size=(60, 80), processes=processes)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +53,24 @@ class SceneDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def write_coco(
-    folder: Path, seed: int, count: int, size: tuple[int, int] = SIZE, on_image: Callable[[], None] = lambda: None
+    folder: Path,
+    seed: int,
+    count: int,
+    size: tuple[int, int] = SIZE,
+    on_image: Callable[[], None] = lambda: None,
+    *,
+    processes: int = 1,
 ) -> Path:
     """Write scenes as PNG files and a COCO instances file with boxes and run-length masks; returns the latter's path.
 
+    Args: processes: that draw, each of them a new interpreter; the files are the same for any number.
     Raises: FpnEngineError if the folder cannot be written.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(count):
-        scene = make_scene(seed, index, size)
-        name = f"{index:06d}.png"
-        with replacing(folder / IMAGES / name) as temporary:
-            Image.fromarray(scene.image).save(temporary, format="PNG")
-        images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
-        annotations += _annotate(scene, index + 1, len(annotations) + 1)
+    for index, rows in enumerate(_draw_all(partial(_draw, folder, seed, size), count, processes)):
+        images.append({"id": index + 1, "file_name": _name(index), "height": size[0], "width": size[1]})
+        annotations += [{"id": len(annotations) + 1 + n, "image_id": index + 1, **row} for n, row in enumerate(rows)]
         on_image()
     document = {
         "info": {"description": f"fpn-engine scenes, seed {seed}"},
@@ -78,15 +84,40 @@ def write_coco(
     return path
 
 
-def _annotate(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+def _draw_all(
+    draw: Callable[[int], list[dict[str, Any]]], count: int, processes: int
+) -> Iterator[list[dict[str, Any]]]:
+    """What ``draw`` gives for 0..count-1, in order."""
+    if processes == 1:
+        yield from map(draw, range(count))
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    try:
+        yield from pool.map(draw, range(count), chunksize=8)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _draw(folder: Path, seed: int, size: tuple[int, int], index: int) -> list[dict[str, Any]]:
+    """Write one scene's picture; its annotations."""
+    scene = make_scene(seed, index, size)
+    with replacing(folder / IMAGES / _name(index)) as temporary:
+        Image.fromarray(scene.image).save(temporary, format="PNG")
+    return _annotate(scene)
+
+
+def _annotate(scene: Scene) -> list[dict[str, Any]]:
+    """Of each object, but for its number and the image's."""
     rows = []
-    for number, (box, label, mask) in enumerate(zip(scene.boxes, scene.labels, scene.masks, strict=True)):
+    for box, label, mask in zip(scene.boxes, scene.labels, scene.masks, strict=True):
         x1, y1, x2, y2 = box.tolist()
         run_lengths = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         rows.append(
             {
-                "id": first_id + number,
-                "image_id": image_id,
                 "category_id": int(label),
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": int(mask.sum()),
