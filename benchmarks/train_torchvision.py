@@ -15,6 +15,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,37 +68,41 @@ def make_model(spec: ModelSpec, scales: tuple[float, ...]) -> FasterRCNN:
     )
 
 
-def train(spec: ModelSpec, examples: AnnotatedExamples, folder: Path, minutes: float, rate: float) -> None:
+def train(
+    spec: ModelSpec, examples: AnnotatedExamples, folder: Path, minutes: float, rate: float, batch: int, workers: int
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = make_model(spec, SCALES).train()
+    model = make_model(spec, SCALES).train().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
     state_path = folder / "state.pt"
     step, seconds = 0, 0.0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-    recipe = Recipe(steps=ENDLESS, batch_size=4, brightness=0.2)
+    recipe = Recipe(steps=ENDLESS, batch_size=batch, brightness=0.2)
     order = BatchOrder(examples.shapes, recipe, first_step=step)
-    loader = DataLoader(
-        Augmented(examples, recipe), batch_sampler=order, collate_fn=lambda drawn: tuple(zip(*drawn, strict=True))
-    )
+    loader = DataLoader(Augmented(examples, recipe), batch_sampler=order, collate_fn=transpose, num_workers=workers)
+    began = time.perf_counter()
     for images, targets in loader:
-        began = time.perf_counter()
         spent = min(1.0, seconds / (60 * minutes))
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * spent)) * min(1.0, (step + 1) / WARMUP)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = model(list(images), list(targets))
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            losses = model(images, targets)
         loss = torch.stack([part.float() for part in losses.values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         step += 1
-        seconds += time.perf_counter() - began
+        now = time.perf_counter()
+        seconds, began = seconds + now - began, now
         done = seconds >= 60 * minutes
         if step % 50 == 0 or done:
             print(f"step {step}: loss {loss.item():.3f}, {seconds / 60:.1f} of {minutes} min", flush=True)
@@ -108,9 +113,19 @@ def train(spec: ModelSpec, examples: AnnotatedExamples, folder: Path, minutes: f
         if done:
             break
     torch.save(model.state_dict(), folder / "last.pth")
-    about = {"trained_with": "torchvision's FasterRCNN", "steps": step, "minutes": round(seconds / 60, 1)}
+    about = {
+        "trained_with": "torchvision's FasterRCNN",
+        "steps": step,
+        "batch": batch,
+        "minutes": round(seconds / 60, 1),
+    }
     values = {**spec.to_dict(), "fpn_channels": CHANNELS}
     (folder / "last.json").write_text(json.dumps({"spec": values, "about": about}, indent=1) + "\n")
+
+
+def transpose(drawn: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[tuple[Any, ...], ...]:
+    """Images and targets of a batch."""
+    return tuple(zip(*drawn, strict=True))
 
 
 def main() -> None:
@@ -120,6 +135,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--learning-rate", type=float, default=0.02)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
     parser.add_argument("--min-size", type=int, default=480)
     parser.add_argument("--max-size", type=int, default=640)
     given = parser.parse_args()
@@ -133,7 +150,7 @@ def main() -> None:
         anchor_sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,)),
     )
     examples = AnnotatedExamples(truth, given.images, spec.categories)
-    train(spec, examples, given.output, given.minutes, given.learning_rate)
+    train(spec, examples, given.output, given.minutes, given.learning_rate, given.batch, given.workers)
 
 
 if __name__ == "__main__":
