@@ -22,8 +22,7 @@ done
 mkdir -p "$out"
 touch "$out/best.pth" "$out/last.pth" "$out/state.pt"
 echo "step,loss,seconds" > "$out/log.csv"
-seconds='i <= 10 ? i : 10 + (i - 10) / 2'
-awk -v n="${steps:-1}" "BEGIN { for (i = 1; i <= n; i++) print i \",1.0,\" ($seconds) }" >> "$out/log.csv"
+awk -v n="${steps:-1}" 'BEGIN { for (i = 1; i <= n; i++) print i ",1," (i < 11 ? i : 5 + i / 2) }' >> "$out/log.csv"
 """
 
 
