@@ -40,8 +40,16 @@ WARM_UP, ROUNDS, TRACED = 20, 100, 5  # replays
 Replay = Callable[[], object]
 
 
+Measure = Callable[[str, int, str, float], dict[str, Any]]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    print(describe(run("benchmarks.replay", __doc__ or "", measure)))
+
+
+def run(module: str, about: str, measure: Measure) -> dict[str, Any]:
+    """The row that ``measure(arch, batch, precision, seconds)`` makes for the command line, put into its file."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--batch", type=int, default=1)
@@ -52,9 +60,9 @@ def main() -> None:
         parser.error("there is no CUDA device here")
     words = ["--arch", given.arch, "--batch", str(given.batch), "--precision", given.precision]
     row = measure(given.arch, given.batch, given.precision, given.seconds)
-    row |= describe_run(shlex.join(["python", "-m", "benchmarks.replay", "-o", "FILE", *words]))
+    row |= describe_run(shlex.join(["python", "-m", module, "-o", "FILE", *words]))
     put(given.output, row)
-    print(describe(row))
+    return row
 
 
 def measure(arch: str, batch: int, precision: str, seconds: float) -> dict[str, Any]:

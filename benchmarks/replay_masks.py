@@ -9,17 +9,13 @@ float32 of the same image. A row is added to the file as by benchmarks.replay.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import shlex
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import describe_run
-from benchmarks.replay import put, time_replays, trace_replays
+from benchmarks.replay import run, time_replays, trace_replays
 from benchmarks.scene import SIZE
 from benchmarks.suite import prepare_device
 from fpn_engine.backends.loading import load_pipeline
@@ -98,19 +94,7 @@ def compare(model: FpnMasks, pipeline: MaskPipeline, image: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--precision", default="fp16", choices=TOLERANCES)
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which no further layer is tuned")
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("there is no CUDA device here")
-    words = ["--arch", given.arch, "--batch", str(given.batch), "--precision", given.precision]
-    row = measure(given.arch, given.batch, given.precision, given.seconds)
-    row |= describe_run(shlex.join(["python", "-m", "benchmarks.replay_masks", "-o", "FILE", *words]))
-    put(given.output, row)
+    row = run("benchmarks.replay_masks", __doc__ or "", measure)
     print(f"{row['what']} on {row['device']}: {row['milliseconds']}")
     for start, spent, name in row["kernels"]:
         print(f"{start:9.1f} {spent:7.1f}  {name[:110]}")

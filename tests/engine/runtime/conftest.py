@@ -45,6 +45,15 @@ def fixed(model: FpnDetector, **options: Any) -> Pipeline:
     return Pipeline(model.spec, model.trunk, head, **({"fixed_shapes": True} | options))
 
 
+def pretend_cuda(model: torch.nn.Module) -> None:
+    """Within a FakeTensorMode: tensors that have a shape and say that they are on a GPU take the place of all."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
 @pytest.fixture
 def atomic_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops are one operator each, as on a GPU; on the CPU their references read values as they like."""

@@ -16,6 +16,7 @@ from fpn_engine.runtime.runner import EagerRunner
 from fpn_engine.tasks import Group, PaddedMasks, Task, Thresholds
 from fpn_export.masks.model import FpnMasks
 from tests.engine.conftest import make_picture
+from tests.engine.runtime.conftest import pretend_cuda
 from tests.engine.runtime.host_reads import NoHostReads
 from tests.engine.runtime.stand_ins import DeferredTransport, RecordingCapture
 from tests.export.masks.tiny import tiny_model
@@ -92,11 +93,7 @@ def test_the_branches_that_cuda_takes() -> None:
     model = tiny_model(masks_per_img=20)
     _, task = make_masks_group(model, [(96, 128), (96, 128)])
     with FakeTensorMode(), torch.inference_mode():
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        pretend_cuda(model)
         pipeline = MaskPipeline(model.spec, model.trunk, model.answer, "cuda")
         form = PacketForm(2)
         places = (torch.empty(size, dtype=torch.uint8, device="cuda") for size in (1 << 16, form.head_bytes))

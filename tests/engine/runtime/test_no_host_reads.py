@@ -20,7 +20,7 @@ from fpn_export.bundled import CHECKPOINT
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.detector import FpnDetector
 from tests.engine.conftest import make_picture
-from tests.engine.runtime.conftest import KINDS, fixed, make_group, make_model
+from tests.engine.runtime.conftest import KINDS, fixed, make_group, make_model, pretend_cuda
 from tests.engine.runtime.host_reads import HostReadError, NoHostReads
 
 SLOTS = {"faster_rcnn": 0, "fast_rcnn": 8, "rpn": 0}
@@ -144,11 +144,7 @@ def test_the_branches_that_cuda_takes(kind: str) -> None:
     """With tensors that have a shape and say that they are on a GPU, and no values that could be read."""
     model = make_model(KINDS[kind])
     with FakeTensorMode(), torch.inference_mode():
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        pretend_cuda(model)
         pipeline = Pipeline(model.spec, model.trunk, model.head if model.has_box_head else None, "cuda")
         form = PacketForm(2, SLOTS[kind])
         places = (torch.empty(size, dtype=torch.uint8, device="cuda") for size in (1 << 16, form.head_bytes))
