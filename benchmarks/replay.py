@@ -38,8 +38,6 @@ from fpn_export.native.tactics import TuneFor
 
 WARM_UP, ROUNDS, TRACED = 20, 100, 5  # replays
 Replay = Callable[[], object]
-
-
 Measure = Callable[[str, int, str, float], dict[str, Any]]
 
 
