@@ -67,7 +67,8 @@ take() {
         >> "$out/benchmarks.log" 2>&1 || failed+=("$2: exit code $?")
 }
 
-# The most wanted first: one image kernel by kernel, detector and masks, then beside torchvision, then what fp16 finds, then batches.
+# The most wanted first: one image kernel by kernel, of a detector and of masks, then beside torchvision, then what fp16
+# finds, then batches.
 declare -A minutes_of=([peers]=1 [precision]=1 [batches]=1 [rest]=1)
 rows="$out/benchmarks.json"
 take 25 replay benchmarks.replay -o "$out/replay.json"

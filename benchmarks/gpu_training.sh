@@ -5,7 +5,8 @@
 #
 # Needs no installation of this project. Scenes are drawn on all cores first; the rest of the time goes to both models
 # in equal parts. OUT gets ours/best.pth, torchvision/last.pth, each with its JSON, their logs and curves, and
-# environment.txt; what is large and of no more use goes. Score both afterwards with benchmarks.score_bundled.
+# environment.txt; what is large and of no more use goes. Ours is then scored by benchmarks.bundle and
+# benchmarks.score_bundled, torchvision's by fpn-engine export, build and eval.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 OUT MINUTES [python]" >&2; exit 2; }
 out=$(realpath -m "$1")
@@ -53,7 +54,8 @@ ours "$steps" "$out/ours" --warmup 100 --validate-every "$steps" --save-every "$
 code=$?
 "$python" -m benchmarks.train_torchvision --annotations "$scratch/train/annotations.json" \
     --images "$scratch/train/images" --batch "$batch" --workers "$workers" --learning-rate 0.04 \
-    --min-size 800 --max-size 1067 --minutes "$(awk -v share="$share" 'BEGIN { print share / 60 }')" -o "$out/torchvision" > "$out/torchvision.log" 2>&1
+    --min-size 800 --max-size 1067 --minutes "$(awk -v share="$share" 'BEGIN { print share / 60 }')" \
+    -o "$out/torchvision" > "$out/torchvision.log" 2>&1
 code=$((code | $?))
 rm -f "$out"/*/state.pt "$out"/ours/last.pth
 tail -n 2 "$out"/*.log

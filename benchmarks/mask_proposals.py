@@ -2,10 +2,11 @@
 
     python -m benchmarks.mask_proposals [--arch resnet50] [--variant dual] [--rounds 5] [-o results/mask_proposals.json]
 
-checks that both give the same best places, scores and masks, and reports seconds and ratios, of
-wall time and of processor time, from a preprocessed image to masks and regions. Fresh weights: the work does not depend
-on what they are. "dense" is the PyTorch model in eval mode as its checkpoint has it: scores and masks everywhere, then
-the best; "dense, folded" has its batch norms folded into convolutions.
+checks that both give the same best places, scores and masks, and reports seconds and ratios, of wall time and of
+processor time, from a preprocessed image to masks and regions. Fresh weights and noise: the plan's rough scores are
+closer together there than a trained model's, so that it takes more candidates. "dense" is the PyTorch model in eval
+mode as its checkpoint has it: scores and masks everywhere, then the best; "dense, folded" has its batch norms folded
+into convolutions.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ scores need 512 hidden channels everywhere. Those of a tile become its scores at
   with it.
 
 Rounding is less than a direct convolution's, whose sums are longer. In bfloat16 all of it takes half the bytes, and on
-processors that multiply bfloat16 six tenths of the time, for scores that are right to one part in a hundred of their
-spread: enough to choose candidates by, see :mod:`fpn_engine.masks.screening`.
+processors that multiply bfloat16 less time, for scores that are right to a few hundredths of their spread: enough to
+choose candidates by, see :mod:`fpn_engine.masks.screening`.
 """
 
 from __future__ import annotations
