@@ -57,6 +57,6 @@ code=$?
     --min-size 800 --max-size 1067 --minutes "$(awk -v share="$share" 'BEGIN { print share / 60 }')" \
     -o "$out/torchvision" > "$out/torchvision.log" 2>&1
 code=$((code | $?))
-rm -f "$out"/*/state.pt "$out"/ours/last.pth
+rm -f "$out"/*/state.pt "$out"/*/falling.pt "$out"/ours/last.pth
 tail -n 2 "$out"/*.log
 exit "$code"

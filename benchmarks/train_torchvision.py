@@ -1,19 +1,19 @@
 """torchvision's own Faster R-CNN R18-FPN, trained by torchvision's code on the data of ``fpn-engine train``.
 
-    python -m benchmarks.train_torchvision --annotations X.json --images DIR -o FOLDER --minutes 90
+    python -m benchmarks.train_torchvision --annotations X.json --images DIR -o FOLDER --minutes 600
 
-The yardstick for the bundled model: the same images in the same order with the same flips, and as many updates as fit
-into the minutes, along which the learning rate falls as a cosine. Leaves FOLDER/last.pth with its JSON, which
-``fpn-engine export`` takes. The same command goes on where it was stopped.
+The yardstick for the bundled model: the same images with the same flips, and as many updates as fit into the minutes,
+which are those of one core (of the clock on a GPU). The learning rate stays, but for the last of them, ``--decay``,
+in which it falls to nothing. Leaves FOLDER/last.pth with its JSON, which ``fpn-engine export`` takes. The same command
+goes on where it was stopped, and one with more minutes from where the rate began to fall.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from fpn_engine.annotations import load_annotations
+from fpn_engine.files import replacing
 from fpn_engine.spec import ModelSpec
 from fpn_export.training.augmentation import augment
 from fpn_export.training.batches import BatchOrder, Place
-from fpn_export.training.examples import AnnotatedExamples
+from fpn_export.training.examples import AnnotatedExamples, Examples, JoinedExamples
 from fpn_export.training.randomness import AUGMENTATION, random_state
 from fpn_export.training.recipe import Recipe
 
@@ -43,7 +44,7 @@ ENDLESS = 10**9
 class Augmented:
     """Images and targets as torchvision's detectors take them."""
 
-    def __init__(self, examples: AnnotatedExamples, recipe: Recipe) -> None:
+    def __init__(self, examples: Examples, recipe: Recipe) -> None:
         self._examples, self._recipe = examples, recipe
 
     def __getitem__(self, place: Place) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,29 +69,62 @@ def make_model(spec: ModelSpec, scales: tuple[float, ...]) -> FasterRCNN:
     )
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Minutes of training: ``decay`` of them, the last, are those in which the learning rate falls."""
+
+    minutes: float
+    decay: float
+
+    def share(self, seconds: float) -> float:
+        """Of the full learning rate, after seconds of training."""
+        left = max(0.0, 60 * self.minutes - seconds)
+        return min(1.0, left / (60 * self.minutes * self.decay)) if self.decay else float(left > 0)
+
+
+class Save:
+    """Where a run can be taken up: with any budget at a full learning rate, with the same one while it falls."""
+
+    def __init__(self, folder: Path, budget: Budget) -> None:
+        self._steady, self._falling = folder / "state.pt", folder / "falling.pt"
+        self._budget = budget
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        for path in (self._falling, self._steady):
+            if path.exists():
+                state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+                if path == self._steady or state["budget"] == asdict(self._budget):
+                    return state
+        return None
+
+    def store(self, state: dict[str, Any]) -> None:
+        steady = self._budget.share(state["seconds"]) == 1
+        with replacing(self._steady if steady else self._falling) as temporary:
+            torch.save({**state, "budget": asdict(self._budget)}, temporary)
+
+
 def train(
-    spec: ModelSpec, examples: AnnotatedExamples, folder: Path, minutes: float, rate: float, batch: int, workers: int
+    spec: ModelSpec, examples: Examples, folder: Path, budget: Budget, rate: float, batch: int, workers: int
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.manual_seed(0)
-    model = make_model(spec, SCALES).train().to(device)
+    model = make_model(spec, SCALES).train().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    state_path = folder / "state.pt"
+    save = Save(folder, budget)
     step, seconds = 0, 0.0
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+    if state := save.load(device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
     recipe = Recipe(steps=ENDLESS, batch_size=batch, brightness=0.2)
     order = BatchOrder(examples.shapes, recipe, first_step=step)
     loader = DataLoader(Augmented(examples, recipe), batch_sampler=order, collate_fn=transpose, num_workers=workers)
-    began = time.perf_counter()
+    began = clock()
     for images, targets in loader:
-        spent = min(1.0, seconds / (60 * minutes))
         for group in optimizer.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * spent)) * min(1.0, (step + 1) / WARMUP)
+            group["lr"] = rate * budget.share(seconds) * min(1.0, (step + 1) / WARMUP)
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -101,15 +135,13 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         step += 1
-        now = time.perf_counter()
+        now = clock()
         seconds, began = seconds + now - began, now
-        done = seconds >= 60 * minutes
+        done = seconds >= 60 * budget.minutes
         if step % 50 == 0 or done:
-            print(f"step {step}: loss {loss.item():.3f}, {seconds / 60:.1f} of {minutes} min", flush=True)
-            temporary = state_path.with_suffix(".tmp")
+            print(f"step {step}: loss {loss.item():.3f}, {seconds / 60:.1f} of {budget.minutes} min", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save({**state, "seconds": seconds}, temporary)
-            os.replace(temporary, state_path)
+            save.store({**state, "seconds": seconds})
         if done:
             break
     torch.save(model.state_dict(), folder / "last.pth")
@@ -118,6 +150,8 @@ def train(
         "steps": step,
         "batch": batch,
         "minutes": round(seconds / 60, 1),
+        "minutes_of": "the clock" if device.type == "cuda" else "one core",
+        "decay": budget.decay,
     }
     values = {**spec.to_dict(), "fpn_channels": CHANNELS}
     (folder / "last.json").write_text(json.dumps({"spec": values, "about": about}, indent=1) + "\n")
@@ -130,27 +164,29 @@ def transpose(drawn: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[tuple[Any,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", type=Path, required=True)
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--annotations", type=Path, required=True, action="append", help="may be given several times")
+    parser.add_argument("--images", type=Path, required=True, action="append", help="one for each --annotations")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--decay", type=float, default=0.2, help="share of the minutes (default: 0.2)")
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
     parser.add_argument("--min-size", type=int, default=480)
     parser.add_argument("--max-size", type=int, default=640)
     given = parser.parse_args()
-    truth = load_annotations(given.annotations)
+    truths = [load_annotations(path) for path in given.annotations]
     spec = ModelSpec(
-        categories=truth.categories,
+        categories=truths[0].categories,
         arch="resnet18",
         fpn_channels=CHANNELS,
         min_size=given.min_size,
         max_size=given.max_size,
         anchor_sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,)),
     )
-    examples = AnnotatedExamples(truth, given.images, spec.categories)
-    train(spec, examples, given.output, given.minutes, given.learning_rate, given.batch, given.workers)
+    parts = [AnnotatedExamples(*of, spec.categories) for of in zip(truths, given.images, strict=True)]
+    budget = Budget(given.minutes, given.decay)
+    train(spec, JoinedExamples(parts), given.output, budget, given.learning_rate, given.batch, given.workers)
 
 
 if __name__ == "__main__":

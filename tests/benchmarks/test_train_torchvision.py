@@ -1,0 +1,60 @@
+"""The yardstick's training: its budget, and that more minutes go on from where the rate began to fall."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.train_torchvision import Budget, Save, train
+from fpn_engine.annotations import load_annotations
+from fpn_engine.spec import ModelSpec
+from fpn_export.checkpoint import load_checkpoint
+from fpn_export.scenes import CATEGORIES
+from fpn_export.scenes.dataset import IMAGES, write_coco
+from fpn_export.training.examples import AnnotatedExamples
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("minutes", "share"), [(0, 1), (8, 1), (9, 0.5), (10, 0), (11, 0)])
+def test_the_rate_falls_in_the_last_minutes(minutes: float, share: float) -> None:
+    assert Budget(10, 0.2).share(60 * minutes) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("minutes", "share"), [(0, 1), (9.9, 1), (10, 0)])
+def test_or_not_at_all(minutes: float, share: float) -> None:
+    assert Budget(10, 0).share(60 * minutes) == share
+
+
+def test_another_budget_goes_on_from_the_full_rate(tmp_path: Path) -> None:
+    short = Save(tmp_path, Budget(10, 0.2))
+    assert short.load(CPU) is None
+    for step, minutes in enumerate((7, 9)):
+        short.store({"step": step, "seconds": 60.0 * minutes})
+    assert (short.load(CPU) or {})["step"] == 1
+    assert (Save(tmp_path, Budget(20, 0.2)).load(CPU) or {})["step"] == 0
+
+
+@pytest.mark.filterwarnings("default")  # of torchvision's code
+def test_a_yardstick_is_trained_and_goes_on(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "scenes", 7, 4, (96, 128))
+    truth = load_annotations(path)
+    spec = ModelSpec(
+        categories=CATEGORIES,
+        arch="resnet18",
+        fpn_channels=128,
+        min_size=64,
+        max_size=86,
+        anchor_sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)),
+    )
+    examples = AnnotatedExamples(truth, path.parent / IMAGES, CATEGORIES)
+    steps = []
+    for minutes in (0.001, 0.05):
+        train(spec, examples, tmp_path / "run", Budget(minutes, 0.5), 0.01, 2, 0)
+        loaded = load_checkpoint(tmp_path / "run" / "last.pth")
+        state = Save(tmp_path / "run", Budget(minutes, 0.5)).load(CPU)
+        assert state is not None
+        steps.append(state["step"])
+        assert loaded.spec.fpn_channels == 128
+        assert state["seconds"] >= 60 * minutes
+    assert steps[1] > steps[0] > 0
