@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the scenes")
     parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="with its JSON (default: the bundled model)")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the bundled model")
     parser.add_argument("--what", default="the bundled model", help="what the result calls it")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
