@@ -28,9 +28,9 @@ MOST_BYTES = {"demo": 10_000_000, "scene-masks": 6_000_000}  # in the wheel, the
 HELD_OUT = 20_170_420  # the data set beside that of the demonstration
 SCENES = 6
 # One that is trained further has to find more, and less that is not there.
-FOUND, SPURIOUS = 0.74, 0.45
+FOUND, SPURIOUS = 0.76, 0.38
 MASK_SCENES, LEAST_RECALL = 20, 0.25
-FRESH_SEED, FRESH_SCENES, LEAST_AP = 500, 30, 0.64  # the first of benchmarks.score_bundled, where 500 give AP 0.69
+FRESH_SEED, FRESH_SCENES, LEAST_AP = 500, 30, 0.66  # the first of benchmarks.score_bundled, where 500 give AP 0.706
 
 
 def test_it_is_described_in_full() -> None:
