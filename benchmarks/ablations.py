@@ -4,12 +4,14 @@
 
 Draws scenes into FOLDER, trains an RPN of each system there under one recipe and scores its proposals on scenes that
 no training saw. A system that is in the output file is not trained again and a run that was stopped goes on, so the
-command may be repeated until all are there.
+command may be repeated until all are there. ``--init`` takes a bottom-up network that has learned to tell objects apart
+(``benchmarks.pretrain_body``), and fixes of it what the paper's code fixes of ImageNet's.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -34,29 +36,32 @@ from fpn_export.training.validation import propose
 
 TABLE_1 = ("c4", "c5", "fpn", "bottom_up", "top_down", "finest")
 TRAIN_SEED, TEST_SEED = 101, 102
-# Half the scenes' size and half the widths of a ResNet-18: a run is to take at most 20 minutes on two cores.
+# Half the widths of a ResNet-18 and small images: a run is to take at most 20 minutes on two cores. Anchors are four
+# strides wide (the paper's are eight): of two strides, too few large objects lie on one.
 BASE = ModelSpec(
     categories=CATEGORIES,
     arch="resnet18",
     body_width=32,
     fpn_channels=64,
-    min_size=256,
-    max_size=342,
-    anchor_sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)),
+    min_size=384,
+    max_size=512,
+    anchor_sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,)),
 )
 
 
-def make_recipe(steps: int, seed: int) -> Recipe:
-    """The paper's RPN recipe for a small batch, from scratch."""
+def make_recipe(steps: int, seed: int, pretrained: bool) -> Recipe:
+    """The paper's RPN recipe for a small batch; if pretrained with batch norms, stem and first stage fixed."""
     return Recipe(
         steps=steps,
         batch_size=4,
-        learning_rate=0.01,
+        learning_rate=0.02,
         schedule="cosine",
         warmup_steps=200,
         nesterov=True,
         clip_norm=5.0,
         precision="bf16",
+        freeze_norm=pretrained,
+        frozen_stages=2 if pretrained else 0,
         seed=seed,
     )
 
@@ -67,15 +72,18 @@ def draw(folder: Path, seed: int, count: int) -> Path:
     return path if path.exists() else write_coco(folder, seed, count)
 
 
-def measure(system: str, seed: int, steps: int, work: Path, data: Path, test: Path) -> dict[str, Any]:
+def measure(
+    system: str, seed: int, steps: int, init: Path | None, work: Path, data: Path, test: Path
+) -> dict[str, Any]:
     """Train one RPN, or go on, and score its proposals."""
     spec = make_system(BASE, system, "rpn")
     job = Job(
         annotations=[data],
         images=data.parent / IMAGES,
-        output=work / f"{system}-{seed}",
+        output=work / f"{system}-{seed}{'-pretrained' if init else ''}",
         spec=spec,
-        recipe=make_recipe(steps, seed),
+        recipe=make_recipe(steps, seed, init is not None),
+        init=init,
         habits=Habits(save_every=100),
     )
     spent: list[float] = []
@@ -96,6 +104,7 @@ def measure(system: str, seed: int, steps: int, work: Path, data: Path, test: Pa
         "system": system,
         "seed": seed,
         "steps": steps,
+        "init": None if init is None else hashlib.sha256(init.read_bytes()).hexdigest(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "anchors": count_anchors(spec),
         **{name: None if value is None else round(value, 4) for name, value in score.to_dict().items()},
@@ -107,7 +116,7 @@ def measure(system: str, seed: int, steps: int, work: Path, data: Path, test: Pa
 
 def count_anchors(spec: ModelSpec) -> int:
     """Of one image."""
-    height, width = 256, 352  # padded
+    height, width = spec.min_size, spec.max_size  # of a scene, and whole cells of each level
     return sum((height >> level) * (width >> level) for level in spec.levels) * spec.num_anchors
 
 
@@ -116,21 +125,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes and runs")
     parser.add_argument("--systems", nargs="+", default=TABLE_1, choices=list(SYSTEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--test-scenes", type=int, default=200)
+    parser.add_argument("--init", type=Path, help="a classifier for the bottom-up network (default: from scratch)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     data = draw(given.work / "train", TRAIN_SEED, given.scenes)
     test = draw(given.work / "test", TEST_SEED, given.test_scenes)
     rows = json.loads(given.output.read_text()) if given.output.exists() else []
-    done = {(row["system"], row["seed"], row["steps"]) for row in rows}
+    done = {(row["system"], row["seed"], row["steps"], bool(row["init"])) for row in rows}
     options = ["--steps", str(given.steps), "--scenes", str(given.scenes), "--test-scenes", str(given.test_scenes)]
+    if given.init:
+        options += ["--init", "FOLDER/classifier.pth"]
     command = shlex.join(["python", "-m", "benchmarks.ablations", "--work", "FOLDER", *options])
     for seed in given.seeds:
         for system in given.systems:
-            if (system, seed, given.steps) not in done:
-                row = measure(system, seed, given.steps, given.work, data, test)
+            if (system, seed, given.steps, given.init is not None) not in done:
+                row = measure(system, seed, given.steps, given.init, given.work, data, test)
                 rows.append({**row, **describe_run(command)})
                 temporary = given.output.with_suffix(".tmp")
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
