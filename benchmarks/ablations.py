@@ -5,12 +5,14 @@
 Draws scenes into FOLDER, trains an RPN of each system there under one recipe and scores its proposals on scenes that
 no training saw. A system that is in the output file is not trained again and a run that was stopped goes on, so the
 command may be repeated until all are there. ``--init`` takes a bottom-up network that has learned to tell objects apart
-(``benchmarks.pretrain_body``), and fixes of it what the paper's code fixes of ImageNet's.
+(``benchmarks.pretrain_body``), and fixes of it what the paper's code fixes of ImageNet's. ``--candidates`` scores with
+another number of candidates before NMS, on each level.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -73,7 +75,7 @@ def draw(folder: Path, seed: int, count: int) -> Path:
 
 
 def measure(
-    system: str, seed: int, steps: int, init: Path | None, work: Path, data: Path, test: Path
+    system: str, seed: int, steps: int, init: Path | None, candidates: int, work: Path, data: Path, test: Path
 ) -> dict[str, Any]:
     """Train one RPN, or go on, and score its proposals."""
     spec = make_system(BASE, system, "rpn")
@@ -86,15 +88,14 @@ def measure(
         init=init,
         habits=Habits(save_every=100),
     )
-    spent: list[float] = []
 
     def report(progress: Progress) -> None:
-        spent.append(progress.seconds)
         if progress.step % 100 == 0:
             print(f"{system}: step {progress.step}, loss {progress.losses['loss']:.3f}", file=sys.stderr, flush=True)
 
     train(job, report)
     model = load_checkpoint(job.output / "last.pth").model
+    model.spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=candidates)
     truth = load_annotations(test)
     began = time.perf_counter()
     score = score_proposals(truth, propose(Engine(model.pipeline), truth, test.parent / IMAGES))
@@ -107,8 +108,9 @@ def measure(
         "init": None if init is None else hashlib.sha256(init.read_bytes()).hexdigest(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "anchors": count_anchors(spec),
+        "candidates": candidates,
         **{name: None if value is None else round(value, 4) for name, value in score.to_dict().items()},
-        "training_minutes": round(spent[-1] / 60, 1) if spent else None,
+        "training_minutes": json.loads((job.output / "last.json").read_text())["about"]["minutes"],
         "test_images": len(truth.images),
         "test_minutes": round((time.perf_counter() - began) / 60, 1),
     }
@@ -129,20 +131,26 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--test-scenes", type=int, default=200)
     parser.add_argument("--init", type=Path, help="a classifier for the bottom-up network (default: from scratch)")
+    parser.add_argument(
+        "--candidates", type=int, help="of a level before NMS (default: 1000, on one map as many as on all)"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     data = draw(given.work / "train", TRAIN_SEED, given.scenes)
     test = draw(given.work / "test", TEST_SEED, given.test_scenes)
     rows = json.loads(given.output.read_text()) if given.output.exists() else []
-    done = {(row["system"], row["seed"], row["steps"], bool(row["init"])) for row in rows}
+    done = {(row["system"], row["seed"], row["steps"], bool(row["init"]), row["candidates"]) for row in rows}
     options = ["--steps", str(given.steps), "--scenes", str(given.scenes), "--test-scenes", str(given.test_scenes)]
     if given.init:
         options += ["--init", "FOLDER/classifier.pth"]
+    if given.candidates:
+        options += ["--candidates", str(given.candidates)]
     command = shlex.join(["python", "-m", "benchmarks.ablations", "--work", "FOLDER", *options])
     for seed in given.seeds:
         for system in given.systems:
-            if (system, seed, given.steps, given.init is not None) not in done:
-                row = measure(system, seed, given.steps, given.init, given.work, data, test)
+            candidates = given.candidates or make_system(BASE, system, "rpn").rpn_pre_nms_top_n_test
+            if (system, seed, given.steps, given.init is not None, candidates) not in done:
+                row = measure(system, seed, given.steps, given.init, candidates, given.work, data, test)
                 rows.append({**row, **describe_run(command)})
                 temporary = given.output.with_suffix(".tmp")
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
