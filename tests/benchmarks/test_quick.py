@@ -26,7 +26,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("quick") / "rows.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--quick", "--rows", str(path), "-q"]
     # One thread: tiny tensors gain nothing from more, which wait for each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # The one outside may be parallel, which is not for measuring.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**outer, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = [*command, "-p", "no:cacheprovider"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
