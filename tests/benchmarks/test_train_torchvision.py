@@ -49,7 +49,7 @@ def test_a_yardstick_is_trained_and_goes_on(tmp_path: Path) -> None:
     )
     examples = AnnotatedExamples(truth, path.parent / IMAGES, CATEGORIES)
     steps = []
-    for minutes in (0.001, 0.05):
+    for minutes in (0.001, 0.1):
         train(spec, examples, tmp_path / "run", Budget(minutes, 0.5), 0.01, 2, 0)
         loaded = load_checkpoint(tmp_path / "run" / "last.pth")
         state = Save(tmp_path / "run", Budget(minutes, 0.5)).load(CPU)
