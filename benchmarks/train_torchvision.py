@@ -130,6 +130,8 @@ def train(
         with torch.autocast(device.type, dtype=torch.bfloat16):
             losses = model(images, targets)
         loss = torch.stack([part.float() for part in losses.values()]).sum()
+        if not torch.isfinite(loss):
+            raise SystemExit(f"update {step + 1}: the loss is {loss.item()}; nothing of it was saved")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
