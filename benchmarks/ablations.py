@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ from benchmarks.provenance import describe_run
 from fpn_engine.annotations import load_annotations
 from fpn_engine.engine import Engine
 from fpn_engine.evaluation import score_proposals
+from fpn_engine.files import replacing
 from fpn_engine.spec import ModelSpec
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.scenes import CATEGORIES
@@ -152,9 +152,8 @@ def main() -> None:
             if (system, seed, given.steps, given.init is not None, candidates) not in done:
                 row = measure(system, seed, given.steps, given.init, candidates, given.work, data, test)
                 rows.append({**row, **describe_run(command)})
-                temporary = given.output.with_suffix(".tmp")
-                temporary.write_text(json.dumps(rows, indent=1) + "\n")
-                os.replace(temporary, given.output)
+                with replacing(given.output) as temporary:
+                    temporary.write_text(json.dumps(rows, indent=1) + "\n")
                 json.dump(row, sys.stdout, indent=1)
                 print()
 

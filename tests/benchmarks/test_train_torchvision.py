@@ -1,13 +1,14 @@
 """The yardstick's training: its budget, and that more minutes go on from where the rate began to fall."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.ablations import BASE
 from benchmarks.train_torchvision import Budget, Save, train
 from fpn_engine.annotations import load_annotations
-from fpn_engine.spec import ModelSpec
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.scenes import CATEGORIES
 from fpn_export.scenes.dataset import IMAGES, write_coco
@@ -39,14 +40,7 @@ def test_another_budget_goes_on_from_the_full_rate(tmp_path: Path) -> None:
 def test_a_yardstick_is_trained_and_goes_on(tmp_path: Path) -> None:
     path = write_coco(tmp_path / "scenes", 7, 4, (96, 128))
     truth = load_annotations(path)
-    spec = ModelSpec(
-        categories=CATEGORIES,
-        arch="resnet18",
-        fpn_channels=128,
-        min_size=64,
-        max_size=86,
-        anchor_sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)),
-    )
+    spec = dataclasses.replace(BASE, body_width=64, fpn_channels=128, min_size=64, max_size=86)
     examples = AnnotatedExamples(truth, path.parent / IMAGES, CATEGORIES)
     steps = []
     for minutes in (0.001, 0.1):
