@@ -55,11 +55,15 @@ class Augmented:
 
 
 def make_model(spec: ModelSpec, scales: tuple[float, ...]) -> FasterRCNN:
-    """Random weights, trainable batch norms."""
+    """Random weights, trainable batch norms; boxes and losses in float32, also where the layers compute in bfloat16.
+
+    torchvision casts proposals and ground truth to the type of the predicted offsets. In bfloat16, whose steps are 4
+    pixels from 512 on, a small object's box would have no width, and the loss would not be a number.
+    """
     body = resnet18(weights=None)
     stages = {f"layer{i + 1}": str(i) for i in range(4)}
     sizes = tuple(tuple(int(side) for side in level) for level in spec.anchor_sizes)
-    return FasterRCNN(
+    model = FasterRCNN(
         BackboneWithFPN(body, stages, [64, 128, 256, 512], CHANNELS),
         min_size=tuple(round(spec.min_size * scale) for scale in scales),
         max_size=round(spec.max_size * max(scales)),
@@ -67,6 +71,9 @@ def make_model(spec: ModelSpec, scales: tuple[float, ...]) -> FasterRCNN:
         box_head=TwoMLPHead(CHANNELS * 49, REPRESENTATION),
         box_predictor=FastRCNNPredictor(REPRESENTATION, spec.num_classes),
     )
+    model.rpn.head.register_forward_hook(lambda _, __, levels: tuple([at.float() for at in kind] for kind in levels))
+    model.roi_heads.box_predictor.register_forward_hook(lambda _, __, kinds: tuple(kind.float() for kind in kinds))
+    return model
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ class Budget:
 
     def share(self, seconds: float) -> float:
         """Of the full learning rate, after seconds of training."""
-        left = max(0.0, 60 * self.minutes - seconds)
-        return min(1.0, left / (60 * self.minutes * self.decay)) if self.decay else float(left > 0)
+        falling = 60 * self.minutes * self.decay
+        return min(1.0, max(0.0, 60 * self.minutes - seconds) / falling) if falling else 1.0
 
 
 class Save:
