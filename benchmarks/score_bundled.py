@@ -26,6 +26,7 @@ from fpn_export.checkpoint import load_checkpoint
 from fpn_export.scenes.dataset import IMAGES
 from fpn_export.training.validation import CocoValidation
 
+TRAINED = ("trained_with", "steps", "step", "minutes", "minutes_of", "batch", "decay", "reached")
 SEED = 500  # training takes 1, 3 and 4, validation 2, the ablations 101 and 102
 
 
@@ -46,6 +47,8 @@ def main() -> None:
     about = json.loads(given.checkpoint.with_suffix(".json").read_text())["about"]
     per_class = {name: round(value, 4) for name, value in score.pop("per_class").items()}
     command = ["python", "-m", "benchmarks.score_bundled", "--work", "FOLDER", "--scenes", str(given.scenes)]
+    if given.checkpoint != CHECKPOINT:
+        command += ["--checkpoint", given.checkpoint.name, "--what", given.what]
     row = {
         "what": f"{given.what} on {given.scenes} fresh scenes",
         "scenes": given.scenes,
@@ -53,7 +56,7 @@ def main() -> None:
         "score": {**{name: round(value, 4) for name, value in score.items()}, "per_class": per_class},
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "sha256": hashlib.sha256(given.checkpoint.read_bytes()).hexdigest(),
-        "trained": {name: about[name] for name in ("trained_with", "steps", "step", "minutes") if name in about},
+        "trained": {name: about[name] for name in TRAINED if name in about},
         **describe_run(shlex.join(command)),
     }
     with replacing(given.output) as temporary:

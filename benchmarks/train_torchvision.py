@@ -5,7 +5,7 @@
 The yardstick for the bundled model: the same images with the same flips, and as many updates as fit into the minutes,
 which are those of one core (of the clock on a GPU). The learning rate stays, but for the last of them, ``--decay``,
 in which it falls to nothing. Leaves FOLDER/last.pth with its JSON, which ``fpn-engine export`` takes. The same command
-goes on where it was stopped, and one with more minutes from where the rate began to fall.
+goes on where it was stopped, and one with more minutes, or with larger images, from where the rate began to fall.
 """
 
 from __future__ import annotations
@@ -121,10 +121,11 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
     save = Save(folder, budget)
     step, seconds = 0, 0.0
+    reached: dict[str, dict[str, float]] = {}
     if state := save.load(device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, reached = state["step"], state["seconds"], state["reached"]
     recipe = Recipe(steps=ENDLESS, batch_size=batch, brightness=0.2)
     order = BatchOrder(examples.shapes, recipe, first_step=step)
     loader = DataLoader(Augmented(examples, recipe), batch_sampler=order, collate_fn=transpose, num_workers=workers)
@@ -149,8 +150,9 @@ def train(
         done = seconds >= 60 * budget.minutes
         if step % 50 == 0 or done:
             print(f"step {step}: loss {loss.item():.3f}, {seconds / 60:.1f} of {budget.minutes} min", flush=True)
+            reached[f"{spec.min_size}/{spec.max_size}"] = {"steps": step, "minutes": round(seconds / 60, 1)}
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            save.store({**state, "seconds": seconds})
+            save.store({**state, "seconds": seconds, "reached": reached})
         if done:
             break
     torch.save(model.state_dict(), folder / "last.pth")
@@ -161,6 +163,7 @@ def train(
         "minutes": round(seconds / 60, 1),
         "minutes_of": "the clock" if device.type == "cuda" else "one core",
         "decay": budget.decay,
+        "reached": reached,
     }
     values = {**spec.to_dict(), "fpn_channels": CHANNELS}
     (folder / "last.json").write_text(json.dumps({"spec": values, "about": about}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """The yardstick's training: its budget, and that more minutes go on from where the rate began to fall."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,15 @@ def test_a_yardstick_is_trained_and_goes_on(tmp_path: Path) -> None:
     spec = dataclasses.replace(BASE, body_width=64, fpn_channels=128, min_size=64, max_size=86)
     examples = AnnotatedExamples(truth, path.parent / IMAGES, CATEGORIES)
     steps = []
-    for minutes in (0.001, 0.1):
-        train(spec, examples, tmp_path / "run", Budget(minutes, 0.5), 0.01, 2, 0)
+    for minutes, size in ((0.001, 64), (0.1, 72)):
+        spec = dataclasses.replace(spec, min_size=size)
+        train(spec, examples, tmp_path / "run", Budget(minutes, 0), 0.01, 2, 0)
         loaded = load_checkpoint(tmp_path / "run" / "last.pth")
-        state = Save(tmp_path / "run", Budget(minutes, 0.5)).load(CPU)
+        state = Save(tmp_path / "run", Budget(minutes, 0)).load(CPU)
         assert state is not None
         steps.append(state["step"])
         assert loaded.spec.fpn_channels == 128
         assert state["seconds"] >= 60 * minutes
     assert steps[1] > steps[0] > 0
+    reached = json.loads((tmp_path / "run" / "last.json").read_text())["about"]["reached"]
+    assert [(size, at["steps"]) for size, at in reached.items()] == [("64/86", steps[0]), ("72/86", steps[1])]
