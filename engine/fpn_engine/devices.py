@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fpn_engine.errors import BackendError, PlanError
@@ -19,16 +21,25 @@ def choose_device(manifest: Manifest, name: str | None = None) -> torch.device:
     wanted = _parse(name or kind)
     plan = f"the plan is for {manifest.backend} {manifest.precision} on {manifest.device}"
     if wanted.type != kind:
-        raise PlanError(f"{plan}, not on {name}; {rebuild_hint(manifest)}")
+        raise PlanError(f"{plan}, not on {name}; {_hint_for(wanted.type, manifest)}")
     if kind == "cpu":
         return wanted
     if not torch.cuda.is_available():
-        hint = rebuild_hint(manifest, precision="fp32")
+        hint = _hint_for("cpu", manifest)
         raise PlanError(f"{plan}, and PyTorch finds no CUDA device here, as fpn-engine doctor explains; {hint}")
     number = torch.cuda.current_device() if wanted.index is None else wanted.index
     if number >= torch.cuda.device_count():
         raise BackendError(f"there is no {wanted} here; the last CUDA device is cuda:{torch.cuda.device_count() - 1}")
     return torch.device("cuda", number)
+
+
+def _hint_for(kind: str, manifest: Manifest) -> str:
+    """The command that builds the model for another kind of device."""
+    if kind == "cpu":
+        return rebuild_hint(manifest, precision="fp32")
+    if manifest.precision == "int8":  # as a quantised model is on TensorRT only
+        return rebuild_hint(dataclasses.replace(manifest, backend="tensorrt"))
+    return rebuild_hint(dataclasses.replace(manifest, backend="native", precision="fp16", device="cuda"))
 
 
 def _parse(name: str) -> torch.device:

@@ -205,7 +205,7 @@ def rebuild_hint(manifest: Manifest, *, precision: str | None = None) -> str:
         provider += f" --precision {manifest.precision}"
         return _rebuild_from(manifest.source, f" --backend onnxruntime{options}{provider}")
     precision = precision or manifest.precision
-    if precision in ("bf16", "fp16"):  # which only the native backend runs
+    if precision in ("bf16", "fp16") or options:  # which only the native backend runs
         return _rebuild_from(manifest.source, f" --precision {precision}{options}")
     return _rebuild_from(manifest.source, (" --backend native" if manifest.backend == "native" else "") + options)
 

@@ -38,12 +38,12 @@ from fpn_export.ort_cuda_parts import ProviderOptions, make_ort_cuda_parts
 from fpn_export.ort_parts import make_ort_parts
 from fpn_export.tensorrt.builder import BuildOptions
 from fpn_export.tensorrt.parts import describe_target, make_tensorrt_parts
-from fpn_export.tensorrt.quantized_graph import not_quantized, quantized_precision
+from fpn_export.tensorrt.quantized_graph import QUANTIZED_TYPES, not_quantized, quantized_precision
 from fpn_export.tensorrt.typed_graph import PRECISIONS as TENSORRT_PRECISIONS
 
 AUTO = "auto"
 CHOICES = (AUTO, *BACKENDS)
-NO_INT8_ON_CUDA = "the native backend runs int8 on the CPU only; on an NVIDIA GPU take --backend tensorrt"
+NO_INT8_ON_CUDA = "int8 runs on the CPU, or on an NVIDIA GPU with --backend tensorrt"
 Steps = Callable[[str], None]
 ForCuda = TuneFor | BuildOptions | ProviderOptions  # of the native backend, of TensorRT, of ONNX Runtime
 
@@ -78,7 +78,7 @@ def build_plan(
     ``backend`` "onnxruntime" or "native" is taken as it is. "auto" times both at fp32 and int8 and takes the faster,
     which ``on_note`` is told in one line; at "bf16" it is native, the one that runs it.
 
-    ``precision`` None is int8 for a quantised model and fp32 for any other.
+    ``precision`` None is that of a quantised model, and for any other fp32 on the CPU and fp16 on CUDA.
 
     A sound plan already there with the same build key (the file's digest, the options and the versions) is left as it
     is. Builds of one plan wait for each other; an interrupted build leaves the old plan or none. ``source`` is what
@@ -88,7 +88,7 @@ def build_plan(
     """
     if backend == "tensorrt":
         tune_for = tune_for or BuildOptions()
-    chosen = _settle(backend, precision or "fp32", tune_for)
+    chosen = _settle(backend, precision or _usual(tune_for), tune_for)
     if os.path.isdir(plan_path):
         raise PlanError(f"cannot write {plan_path}: it is a folder; give the name of a file")
     if os.path.realpath(plan_path) == os.path.realpath(model_path):
@@ -96,7 +96,7 @@ def build_plan(
     with _alone(plan_path, on_progress) as work:
         on_progress("read")
         data = read_bytes(model_path)
-        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision or "fp32", tune_for)
+        key = build_key(hashlib.sha256(data).hexdigest(), backend, precision, tune_for)
         if not force and (known := _existing(plan_path, key)):
             return Built(plan_path, known, cached=True)
         model, spec = parse_onnx(model_path, data)
@@ -212,24 +212,29 @@ def _fit_model(path: Path, model: ModelProto, precision: str | None, backend: st
     """The precision for what the model is: quantised to int8, to fp8, or float.
 
     Raises: ModelError if they do not go together, which TensorRT's own check has more to say of; BackendError if the
-        native backend does not run it here.
+        backend does not run it on the device.
     """
     found = quantized_precision(model)
     if backend == "tensorrt":
-        return precision or "fp32"
+        return precision or (found if found in QUANTIZED_TYPES else None) or _usual(tune_for)
     if found is None:
         if precision == "int8":
             raise ModelError(f"{path}: {not_quantized('int8')}")
-        return precision or "fp32"
+        return precision or _usual(tune_for)
     if found != "int8":
         raise ModelError(f"{path} is quantised to {found}, which TensorRT runs only; add --backend tensorrt")
-    if isinstance(tune_for, TuneFor):
+    if tune_for:
         raise BackendError(f"{path} is quantised; {NO_INT8_ON_CUDA}")
     if precision not in (None, "int8"):
         raise ModelError(f"{path} is quantised, which does not go with {precision}; leave --precision out")
     if backend == "native":
         check_int8()
     return "int8"
+
+
+def _usual(tune_for: ForCuda | None) -> str:
+    """The precision of a float model that none is named for."""
+    return "fp16" if tune_for else "fp32"
 
 
 def _make_faster(maker: _PartMaker) -> Made:
@@ -259,9 +264,9 @@ def _versions(backend: str) -> dict[str, str]:
     return versions
 
 
-def build_key(digest: str, backend: str = AUTO, precision: str = "fp32", tune_for: ForCuda | None = None) -> str:
+def build_key(digest: str, backend: str = AUTO, precision: str | None = None, tune_for: ForCuda | None = None) -> str:
     """Digest of all that goes into a build: the ``digest`` of the file it begins with, the options and the versions."""
-    options = {"backend": backend, "precision": precision}
+    options = {"backend": backend, "precision": precision or _usual(tune_for)}
     if tune_for:
         options |= tune_for.describe()
     inputs = {"onnx": digest, **options, "format": FORMAT_VERSION, **_versions(backend)}

@@ -18,7 +18,7 @@ FOLDER = "plans"
 
 
 def find_cached(
-    name: str, digest: str, backend: str = AUTO, precision: str = "fp32", tune_for: ForCuda | None = None
+    name: str, digest: str, backend: str = AUTO, precision: str | None = None, tune_for: ForCuda | None = None
 ) -> Path | None:
     """The plan of the model ``name`` if it is there, is sound, and was built by these versions.
 
@@ -39,7 +39,7 @@ def make_cached(
     checkpoint: Path,
     *,
     backend: str = AUTO,
-    precision: str = "fp32",
+    precision: str | None = None,
     tune_for: ForCuda | None = None,
     force: bool = False,
     on_progress: Callable[[str], None] = lambda step: None,
@@ -75,5 +75,5 @@ def make_cached(
             model.unlink(missing_ok=True)
 
 
-def _locate(name: str, digest: str, backend: str, precision: str, tune_for: ForCuda | None) -> Path:
+def _locate(name: str, digest: str, backend: str, precision: str | None, tune_for: ForCuda | None) -> Path:
     return cache_folder() / FOLDER / f"{name}-{build_key(digest, backend, precision, tune_for)[:16]}.plan"

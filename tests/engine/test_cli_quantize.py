@@ -48,12 +48,20 @@ def test_from_float_to_detections(run: Run, tiny: Tiny, photographs: Path, workp
         assert "given the same input every stage agrees" in verified.out  # random weights find the same nowhere
 
 
-@pytest.mark.parametrize("options", [("--target", "sm_90"), ("--target", "sm_90", "--precision", "int8")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--backend", "native", "--target", "sm_90"),
+        ("--backend", "native", "--target", "sm_90", "--precision", "int8"),
+        ("--backend", "onnxruntime", "--device", "cuda"),
+        ("--backend", "onnxruntime", "--device", "cuda", "--precision", "int8"),
+    ],
+)
 def test_a_quantised_model_on_cuda(run: Run, tiny: Tiny, photographs: Path, options: tuple[str, ...]) -> None:
     run("quantize", tiny.model, "--images", photographs, "-o", "a.onnx", *QUICK, "--sensitivity", 0)
-    done = run("build", "a.onnx", "--backend", "native", *options)
+    done = run("build", "a.onnx", *options)
     assert done.code == 1
-    assert "the native backend runs int8 on the CPU only; on an NVIDIA GPU take --backend tensorrt" in done.err
+    assert "int8 runs on the CPU, or on an NVIDIA GPU with --backend tensorrt" in done.err
 
 
 def test_annotations_choose_the_images_and_give_ap(run: Run, tiny: Tiny, photographs: Path, workplace: Path) -> None:

@@ -16,6 +16,9 @@ ON_CPU = Manifest(
     spec=SPEC, backend="native", precision="fp16", device="cpu", versions={}, build_key="", source="model.onnx"
 )
 ON_CUDA = dataclasses.replace(ON_CPU, device="cuda")
+INT8 = dataclasses.replace(ON_CPU, precision="int8")
+ENGINE = dataclasses.replace(INT8, backend="tensorrt", device="cuda")
+BUILD = "build it again with: fpn-engine build model.onnx"
 
 
 @pytest.fixture
@@ -44,8 +47,10 @@ def test_the_device_of_a_plan(manifest: Manifest, name: str | None, device: str)
 @pytest.mark.parametrize(
     ("manifest", "name", "error", "message"),
     [
-        (ON_CPU, "cuda:1", PlanError, "on cpu, not on cuda:1; build it again with: fpn-engine build"),
-        (ON_CUDA, "cpu", PlanError, "on cuda, not on cpu; build it again with: fpn-engine build"),
+        (ON_CPU, "cuda:1", PlanError, f"on cpu, not on cuda:1; {BUILD} --precision fp16 --device cuda$"),
+        (INT8, "cuda", PlanError, f"on cpu, not on cuda; {BUILD} --backend tensorrt --precision int8$"),
+        (ON_CUDA, "cpu", PlanError, f"on cuda, not on cpu; {BUILD} --backend native$"),
+        (ENGINE, "cpu", PlanError, f"tensorrt int8 on cuda, not on cpu; {BUILD}$"),
         (ON_CUDA, "cuda:2", BackendError, "there is no cuda:2 here; the last CUDA device is cuda:1"),
         (ON_CUDA, "gpu", BackendError, "there is no device 'gpu'; use cpu, cuda, or cuda:1"),
         (ON_CUDA, "cuda:x", BackendError, "there is no device 'cuda:x'"),

@@ -24,6 +24,7 @@ from fpn_export.tensorrt.builder import BuildOptions
 from tests.export.random_system import make_images
 from tests.tensorrt.conftest import Networks
 from tests.tensorrt.double import CpuDevice
+from tests.tensorrt.quantization import quantize
 from tests.tensorrt.strict import StrictModule
 
 
@@ -95,6 +96,16 @@ def test_fp16_unless_said_otherwise(trt: StrictModule, on_the_cpu: None, model: 
     done = CliRunner().invoke(app, ["build", str(model), "--backend", "tensorrt"])
     assert done.exit_code == 0, done.output
     assert read_plan(model.with_suffix(".plan")).manifest.precision == "fp16"
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_and_a_quantised_model_as_it_is(
+    trt: StrictModule, on_the_cpu: None, small: Networks, model: Path, precision: str
+) -> None:
+    onnx.save(quantize(small.model, precision), str(model))
+    done = CliRunner().invoke(app, ["build", str(model), "--backend", "tensorrt"])
+    assert done.exit_code == 0, done.output
+    assert read_plan(model.with_suffix(".plan")).manifest.precision == precision
 
 
 WRONG = {

@@ -79,8 +79,9 @@ def build(
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="Number type of trunk and head; fp32 by default, fp16 on CUDA, int8 of a quantised model. The native "
-            "backend runs fp32, fp16, bf16 and on the CPU int8; onnxruntime fp32 and int8; tensorrt all of them.",
+            help="Number type of trunk and head; by default that of a quantised model, else fp32, fp16 on CUDA. The "
+            "native backend runs fp32, fp16, bf16 and on the CPU int8; onnxruntime fp32, on the CPU int8 and on CUDA "
+            "fp16; tensorrt all of them.",
             show_default=False,
         ),
     ] = None,
@@ -156,11 +157,10 @@ def build(
         cuda = _provider_options(provider or Provider.cuda, tune_for, max_batch)
     else:
         cuda = _tuning(device, target, tactics, tune_for, tuning_seconds)
-    number_type = precision or (Precision.fp16 if cuda else None)
     if onnx is not None and model is None:
-        path, what = _build_file(onnx, output or onnx.with_suffix(".plan"), backend, number_type, cuda, force)
+        path, what = _build_file(onnx, output or onnx.with_suffix(".plan"), backend, precision, cuda, force)
     elif model is not None and onnx is None:
-        path, what = _build_named(model, output, backend, number_type or Precision.fp32, cuda, force)
+        path, what = _build_named(model, output, backend, precision, cuda, force)
     else:
         raise typer.BadParameter("give an ONNX file or --model NAME, one of the two", param_hint="MODEL")
     remember_plan(path)
@@ -270,7 +270,7 @@ def _build_file(
 
 
 def _build_named(
-    name: str, output: Path | None, backend: str, precision: str, cuda: ForCuda | None, force: bool
+    name: str, output: Path | None, backend: str, precision: str | None, cuda: ForCuda | None, force: bool
 ) -> tuple[Path, str]:
     """A copy of the cached plan."""
     from fpn_engine.files import replacing

@@ -46,7 +46,7 @@ def plan_of_model(
     name: str,
     *,
     backend: str = "auto",
-    precision: str = "fp32",
+    precision: str | None = None,
     tune_for: ForCuda | None = None,
     force: bool = False,
 ) -> Path:

@@ -171,6 +171,7 @@ def test_rebuild_hints(native: Plan) -> None:
 
     assert hint() == "fpn-engine build tiny.onnx --backend native"
     assert hint(precision="bf16") == "fpn-engine build tiny.onnx --precision bf16"
+    assert hint(device="cuda") == "fpn-engine build tiny.onnx --precision fp32 --device cuda"
     assert hint(backend="onnxruntime") == "fpn-engine build tiny.onnx"
     assert hint(source="--model coco", precision="bf16") == "fpn-engine build --model coco --precision bf16"
     assert rebuild_hint(dataclasses.replace(native.manifest, precision="bf16"), precision="fp32").endswith("native")
