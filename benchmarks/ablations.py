@@ -81,7 +81,7 @@ def measure(
     spec = make_system(BASE, system, "rpn")
     job = Job(
         annotations=[data],
-        images=data.parent / IMAGES,
+        images=[data.parent / IMAGES],
         output=work / f"{system}-{seed}{'-pretrained' if init else ''}",
         spec=spec,
         recipe=make_recipe(steps, seed, init is not None),

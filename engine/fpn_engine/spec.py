@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
-from fpn_engine.spec_json import JsonSpec, convert_value, whole_number
+from fpn_engine.spec_json import JsonSpec, convert_value, finite_number, truth_value, whole_number
 
 MODELS = ("faster_rcnn", "fast_rcnn", "rpn")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -138,7 +137,11 @@ class ModelSpec(JsonSpec):
             ("anchor_sizes", len({len(sizes) for sizes in self.anchor_sizes}) == 1, "equally many on every level"),
             ("anchor_sizes", min(sides, default=0) > 0, "positive pixels"),
             ("aspect_ratios", min(self.aspect_ratios, default=0) > 0, "positive, and at least one"),
-            ("bbox_reg_weights", len(self.bbox_reg_weights) == 4, "four numbers"),
+            (
+                "bbox_reg_weights",
+                len(self.bbox_reg_weights) == 4 and min(self.bbox_reg_weights) > 0,
+                "four positive numbers",
+            ),
             ("box_roi_pool", pool.output_size >= 1 and pool.sampling_ratio >= 0, "of positive output_size"),
             *((name, getattr(self, name) >= 1, "at least 1") for name in _POSITIVE),
             *((name, 0.0 <= getattr(self, name) <= 1.0, "a number from 0 to 1") for name in _FRACTIONS),
@@ -258,37 +261,25 @@ def _known_keys(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _categories(values: Sequence[Any]) -> tuple[Category, ...]:
-    return tuple(
-        Category(id=int(v["id"]), name=str(v["name"]))
-        if isinstance(v, Mapping)
-        else Category(id=int(v[0]), name=str(v[1]))
-        for v in values
-    )
+    pairs = ((v["id"], v["name"]) if isinstance(v, Mapping) else v for v in values)
+    return tuple(Category(id=whole_number(number), name=str(name)) for number, name in pairs)
 
 
 def _floats(values: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(_finite(v) for v in values)
+    return tuple(finite_number(v) for v in values)
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(int(v) for v in values)
+    return tuple(whole_number(v) for v in values)
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
-    return number
+def _pooling(values: Mapping[str, Any]) -> RoIPoolSpec:
+    known = {f.name: _CONVERT_SCALAR[str(f.type)] for f in dataclasses.fields(RoIPoolSpec)}
+    return RoIPoolSpec(**{name: known[name](value) for name, value in _known_keys(RoIPoolSpec, values).items()})
 
 
 def _convert(known: dataclasses.Field[Any], value: Any) -> Any:
     return convert_value(known.name, _CONVERT.get(known.name) or _CONVERT_SCALAR[str(known.type)], value)
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is not true or false")
-    return value
 
 
 _CONVERT: dict[str, Any] = {
@@ -300,6 +291,6 @@ _CONVERT: dict[str, Any] = {
     "anchor_sizes": lambda values: tuple(_floats(sizes) for sizes in values),
     "aspect_ratios": _floats,
     "bbox_reg_weights": _floats,
-    "box_roi_pool": lambda values: RoIPoolSpec(**_known_keys(RoIPoolSpec, values)),
+    "box_roi_pool": _pooling,
 }
-_CONVERT_SCALAR: dict[str, Any] = {"int": whole_number, "float": _finite, "str": str, "bool": _truth}
+_CONVERT_SCALAR: dict[str, Any] = {"int": whole_number, "float": finite_number, "str": str, "bool": truth_value}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
@@ -65,3 +67,17 @@ def whole_number(value: Any) -> int:
     if isinstance(value, bool) or int(value) != value:
         raise ValueError(f"{value!r} is not a whole number")
     return int(value)
+
+
+def finite_number(value: Any) -> float:
+    """Raises ValueError for anything else, a truth value and a text included."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def truth_value(value: Any) -> bool:
+    """Raises ValueError for anything but true and false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is not true or false")
+    return value

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.training.alternating import STEPS
 from tests.engine.conftest import Run
+from tests.engine.voc_files import write_object, write_xml
 from tests.export.training.squares import write_squares
 
 TINY = (
@@ -95,6 +97,28 @@ def test_annotations_of_different_classes_are_refused(data: Path, run: Run, tmp_
     done = run(*options(data, tmp_path / "run", "--annotations", str(other)))
     assert done.code == 1
     assert "different categories" in done.err
+
+
+def test_each_annotations_have_images_of_their_own(run: Run, tmp_path: Path) -> None:
+    """Two VOC folders know theirs, two COCO files are given theirs."""
+    voc = [tmp_path / name for name in ("VOC2007", "VOC2012")]
+    coco = [write_squares(tmp_path / name, seed=seed, count=count) for name, seed, count in (("a", 1, 2), ("b", 2, 4))]
+    for folder, name in zip(voc, ("a", "b"), strict=True):
+        write_xml(folder / "Annotations", name, write_object("cat", (3, 3, 40, 40)))
+        (folder / "JPEGImages").mkdir()
+        Image.new("RGB", (80, 60)).save(folder / "JPEGImages" / f"{name}.jpg")
+    for number, given in enumerate(
+        (
+            [word for folder in voc for word in ("--annotations", str(folder))],
+            [word for path in coco for word in ("--annotations", str(path), "--images", str(path.parent / "images"))],
+        )
+    ):
+        done = run("train", *given, "-o", str(tmp_path / f"run{number}"), *TINY.split(), "--steps", "1")
+        assert done.code == 0, done.err
+    three = ["--images", "a", "--images", "b", "--images", "c"]
+    refused = run("train", *given, *three, "-o", str(tmp_path / "none"))
+    assert refused.code == 2
+    assert "one for each --annotations" in refused.err
 
 
 def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:

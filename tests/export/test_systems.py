@@ -111,6 +111,27 @@ def test_truth_values_are_not_numbers() -> None:
         ModelSpec.from_dict(PAPER.to_dict() | {"rpn_head_shared": 1})
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"box_roi_pool": {"aligned": "no"}}, "box_roi_pool .* 'no' is not true or false"),
+        ({"box_roi_pool": {"output_size": 7.5}}, "box_roi_pool .* 7.5 is not a whole number"),
+        ({"box_roi_pool": {"output_size": True}}, "box_roi_pool .* True is not a whole number"),
+        ({"levels": "23456"}, "levels .* '2' is not a whole number"),
+        ({"levels": [2.9, 3, 4, 5, 6]}, "levels .* 2.9 is not a whole number"),
+        ({"categories": [{"id": 1.7, "name": "a"}]}, "categories .* 1.7 is not a whole number"),
+        ({"categories": ["ab"]}, "categories .* 'a'"),
+        ({"image_mean": [True, 0, 0]}, "image_mean .* True is not a finite number"),
+        ({"rpn_nms_thresh": "0.7"}, "rpn_nms_thresh .* '0.7' is not a finite number"),
+        ({"bbox_reg_weights": [0, 10, 5, 5]}, "bbox_reg_weights must be four positive numbers"),
+        ({"box_roi_pool": {"size": 7}}, "unknown key 'size' in the model specification's RoIPoolSpec"),
+    ],
+)
+def test_specs_of_wrong_types(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        ModelSpec.from_dict(PAPER.to_dict() | changes)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_spec_knows_the_channels_of_the_stages(arch: str) -> None:
     spec = dataclasses.replace(PAPER, arch=arch, body_width=24)

@@ -29,12 +29,17 @@ def train(
         ),
     ],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the images that it names; VOC knows its own.", rich_help_panel=DATA)
+        list[Path] | None,
+        typer.Option(
+            help="Folder of the images that they name, or one for each; VOC knows its own.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
     ] = None,
     val_annotations: Annotated[
         Path | None, typer.Option(help="What to score on; the best model is kept by it.", rich_help_panel=DATA)
     ] = None,
-    val_images: Annotated[Path | None, typer.Option(help="Default: --images.", rich_help_panel=DATA)] = None,
+    val_images: Annotated[Path | None, typer.Option(help="Default: the first --images.", rich_help_panel=DATA)] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", rich_help_panel=RUN)] = Path(
         "run"
     ),
@@ -130,7 +135,7 @@ def train(
     The folder of the run gets best.pth and last.pth, each with its JSON, log.csv and scores.csv. A run that was stopped
     or killed goes on with the same command. Several GPUs: torchrun --nproc-per-node 8 -m fpn_engine train ...
     """
-    from fpn_engine.annotations import find_images, load_annotations
+    from fpn_engine.annotations import load_annotations
     from fpn_engine.spec import ModelSpec
     from fpn_export.systems import make_system
     from fpn_export.training.alternating import train_alternating
@@ -155,6 +160,8 @@ def train(
     from_classifier = init is not None and is_classifier(init)
     given_recipe["freeze_norm"] = from_classifier if freeze_norm is None else freeze_norm
     given_recipe["frozen_stages"] = (2 if from_classifier else 0) if frozen_stages is None else frozen_stages
+    if images and len(images) not in (1, len(annotations)):
+        raise typer.BadParameter("give one, or one for each --annotations", param_hint="--images")
     habits = Habits(validate_every=validate_every, save_every=save_every, workers=workers)
     sizes = {"min_size": min_size, "max_size": max_size}
     if arch == MASKS:
@@ -164,7 +171,7 @@ def train(
             )
         train_masks(
             annotations=annotations,
-            images=images,
+            images=images[0] if images else None,
             val_annotations=val_annotations,
             val_images=val_images,
             output=output,
@@ -202,9 +209,9 @@ def train(
     )
     job = Job(
         annotations=annotations,
-        images=images or find_images(annotations[0]),
+        images=_find_each(annotations, images),
         val_annotations=val_annotations,
-        val_images=_find_val_images(val_annotations, val_images or images),
+        val_images=_find_val_images(val_annotations, val_images or (images[0] if images else None)),
         output=output,
         spec=spec,
         representation_size=representation_size,
@@ -226,6 +233,15 @@ def train(
         best = "" if outcome.best is None else f", best {'AR1000' if spec.model == 'rpn' else 'AP'} {outcome.best:.3f}"
         note(f"trained {recipe.steps} steps{best}")
         note(f"next: fpn-engine export {output / 'best.pth'}")
+
+
+def _find_each(annotations: list[Path], named: list[Path] | None) -> list[Path]:
+    """The folder of images of each of the annotations."""
+    from fpn_engine.annotations import find_images
+
+    if not named:
+        return [find_images(path) for path in annotations]
+    return named * len(annotations) if len(named) == 1 else named
 
 
 def _find_val_images(annotations: Path | None, named: Path | None) -> Path | None:

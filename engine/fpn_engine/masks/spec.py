@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
 from fpn_engine.spec import OBJECT, Category, ModelSpec
-from fpn_engine.spec_json import JsonSpec, convert_value, parse_spec_json, whole_number
+from fpn_engine.spec_json import JsonSpec, convert_value, finite_number, parse_spec_json, whole_number
 
 MODEL = "fpn_masks"
 FINEST_LEVEL, COARSEST_LEVEL = 2, 6
@@ -215,17 +214,11 @@ def _is_window(kernel: int) -> bool:
     return kernel % 2 == 1 and 1 <= kernel <= MAX_KERNEL
 
 
-def _finite(value: Any) -> float:
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError(f"{value!r} is not a finite number")
-    return float(value)
-
-
 def _read_head(value: Mapping[str, Any]) -> MaskHead:
     unknown = sorted(set(value) - {"kernel", "octave"})
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r} in a head")
-    return MaskHead(kernel=whole_number(value["kernel"]), octave=_finite(value.get("octave", 0.0)))
+    return MaskHead(kernel=whole_number(value["kernel"]), octave=finite_number(value.get("octave", 0.0)))
 
 
 _CONVERT: dict[str, Any] = {
@@ -235,7 +228,7 @@ _CONVERT: dict[str, Any] = {
     "mask_size": whole_number,
     "canonical_level": whole_number,
     "canonical_size": whole_number,
-    "padding": _finite,
+    "padding": finite_number,
     "masks_per_img": whole_number,
-    "mask_thresh": _finite,
+    "mask_thresh": finite_number,
 }

@@ -134,9 +134,9 @@ def _job_of(step: Step, job: Job) -> Job:
 
 def _proposal_files(folder: Path, job: Job) -> list[tuple[Path, Path, Path]]:
     """Of each annotation file: where its images' proposals go, the file itself, and the folder of its images."""
-    sources = [(path, job.images) for path in job.annotations]
+    sources = list(zip(job.annotations, job.images, strict=True))
     if job.val_annotations is not None:
-        sources.append((job.val_annotations, job.val_images or job.images))
+        sources.append((job.val_annotations, job.val_images or job.images[0]))
     return [(folder / f"proposals-{i}.npz", *source) for i, source in enumerate(sources)]
 
 

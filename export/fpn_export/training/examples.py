@@ -56,7 +56,9 @@ class _Listed:
 
 
 class AnnotatedExamples:
-    """The images of an annotation file that have objects; crowds and boxes without area are left out.
+    """The images of an annotation file that have objects, boxes cut to the image; without area they are left out.
+
+    Crowds are left out as well.
 
     Args:
         truth: the annotations. folder: where its images lie.
@@ -75,10 +77,12 @@ class AnnotatedExamples:
         truth.check_categories(categories)
         labels = {category.id: label for label, category in enumerate(categories, start=1)}
         objects: dict[int, list[tuple[float, float, float, float, int]]] = {image.id: [] for image in truth.images}
+        sizes = {image.id: (image.width, image.height) for image in truth.images}
         for annotation in truth.annotations:
-            x, y, width, height = annotation.bbox
-            if not annotation.iscrowd and width > 0 and height > 0 and annotation.category_id in labels:
-                objects[annotation.image_id].append((x, y, x + width, y + height, labels[annotation.category_id]))
+            if not annotation.iscrowd and annotation.category_id in labels:
+                x1, y1, x2, y2 = _cut(annotation.bbox, *sizes[annotation.image_id])
+                if x1 < x2 and y1 < y2:
+                    objects[annotation.image_id].append((x1, y1, x2, y2, labels[annotation.category_id]))
         self._listed = []
         for image in truth.images:
             rows = np.array(objects[image.id], np.float64).reshape(-1, 5)
@@ -120,6 +124,12 @@ class AnnotatedExamples:
                 f"{entry.shape[1]}x{entry.shape[0]}"
             )
         return Example(pixels, entry.boxes, entry.labels, entry.proposals)
+
+
+def _cut(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """The corners of a COCO box, x y width height, moved into the image."""
+    x, y, across, down = box
+    return max(x, 0.0), max(y, 0.0), min(x + across, float(width)), min(y + down, float(height))
 
 
 class JoinedExamples:

@@ -15,6 +15,7 @@ from fpn_engine.errors import AnnotationError, FpnEngineError, ProposalError
 from fpn_engine.proposal_file import load_proposals
 from fpn_engine.proposals import GivenProposals
 from fpn_engine.spec import ModelSpec
+from fpn_engine.voc import is_voc
 from fpn_export.detector import FpnDetector, make_detector
 from fpn_export.training.examples import AnnotatedExamples, Examples, JoinedExamples
 from fpn_export.training.initial_weights import Taken, load_initial_weights
@@ -31,8 +32,9 @@ class Job:
     """A training run.
 
     Attributes:
-        annotations: what to learn, each as :func:`fpn_engine.annotations.load_annotations` takes it; they name images
-            in the folder ``images``. val_annotations, val_images: what to score on, or None.
+        annotations: what to learn, each as :func:`fpn_engine.annotations.load_annotations` takes it. images: the
+            folder of those that each names. val_annotations, val_images: what to score on, or None; default images
+            are the first's.
         output: folder of the run.
         spec: the model. representation_size: width of the box head's hidden layers.
         init: a file for :func:`load_initial_weights`, or None to start from scratch.
@@ -43,7 +45,7 @@ class Job:
     """
 
     annotations: Sequence[Path]
-    images: Path
+    images: Sequence[Path]
     val_annotations: Path | None = None
     val_images: Path | None = None
     output: Path
@@ -93,7 +95,8 @@ def train_joined(
         model, taken = make_model(job)
         if taken and processes.is_first:
             on_note(f"{len(model.state_dict()) - len(taken.missing)} tensors from {job.init}")
-        examples, validation = _read_examples(job), make_validation(job)
+        truths = [load_annotations(path) for path in job.annotations]
+        examples, validation = _join_examples(job, truths), make_validation(job)
         trainer = Trainer(
             model,
             examples,
@@ -101,9 +104,10 @@ def train_joined(
             folder,
             processes,
             data={
-                "annotations": [_digest(path) for path in job.annotations],
+                "annotations": [_identify(*each) for each in zip(job.annotations, truths, strict=True)],
                 "init": taken.sha256 if taken else None,
-                "proposals": [_digest(path) for path in job.proposals],
+                "proposals": [_digest(path.read_bytes()) for path in job.proposals],
+                "representation_size": job.representation_size,
             },
             habits=job.habits,
             shared_frozen=job.shared_frozen,
@@ -123,12 +127,14 @@ def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:
     return model, load_initial_weights(model, job.init) if job.init else None
 
 
-def _read_examples(job: Job) -> Examples:
-    truths = [load_annotations(path) for path in job.annotations]
+def _join_examples(job: Job, truths: Sequence[CocoGroundTruth]) -> Examples:
     # An RPN knows one category, "object", and learns all.
     categories = truths[0].categories if job.spec.model == "rpn" else job.spec.categories
     return JoinedExamples(
-        [AnnotatedExamples(truth, job.images, categories, _find_proposals(job, truth)) for truth in truths]
+        [
+            AnnotatedExamples(truth, images, categories, _find_proposals(job, truth))
+            for truth, images in zip(truths, job.images, strict=True)
+        ]
     )
 
 
@@ -141,7 +147,7 @@ def make_validation(job: Job) -> CocoValidation | None:
         val_truth.check_categories(job.spec.categories)
     if not any(not annotation.iscrowd for annotation in val_truth.annotations):
         raise AnnotationError(f"{job.val_annotations} has no object to score on")
-    return CocoValidation(val_truth, job.val_images or job.images, _find_proposals(job, val_truth))
+    return CocoValidation(val_truth, job.val_images or job.images[0], _find_proposals(job, val_truth))
 
 
 def _find_proposals(job: Job, truth: CocoGroundTruth) -> GivenProposals | None:
@@ -180,10 +186,10 @@ def _opened(job: Job, processes: Processes) -> Iterator[RunFolder]:
         folder.close()
 
 
-def _digest(path: Path) -> str:
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.xml")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _identify(path: Path, truth: CocoGroundTruth) -> str:
+    """Digest of the file; of VOC's, which are many, of what they say."""
+    return _digest(repr(truth).encode() if is_voc(path) else path.read_bytes())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

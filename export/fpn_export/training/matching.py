@@ -22,7 +22,7 @@ def match_boxes(objects: Tensor, boxes: Tensor, low: float, high: float, *, keep
 
     A box takes the object of highest IoU, the first of several, if that IoU is at least ``high``. Below ``low`` it is
     background, between the two it is ignored. ``keep_best`` also gives every object those boxes that overlap it most,
-    however little, ties included, so that no object goes unlearned.
+    however little, ties included, so that no object goes unlearned that any box overlaps.
 
     Args:
         objects: (M, 4) float32 ground truth. boxes: (N, 4) float32, anchors or RoIs.
@@ -35,6 +35,6 @@ def match_boxes(objects: Tensor, boxes: Tensor, low: float, high: float, *, keep
     best, index = iou.max(dim=0)
     matched = torch.where(best >= high, index, torch.where(best < low, BACKGROUND, IGNORED))
     if keep_best:
-        most = (iou == iou.max(dim=1, keepdim=True).values).any(dim=0)
+        most = ((iou == iou.max(dim=1, keepdim=True).values) & (iou > 0)).any(dim=0)
         matched = torch.where(most, index, matched)
     return matched

@@ -11,14 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
-from fpn_engine.errors import AnnotationError, FpnEngineError, ImageError, ProposalError, SpecError
-from fpn_engine.spec import OBJECT
+from fpn_engine.annotations import Annotation, load_annotations
+from fpn_engine.errors import (
+    AnnotationError,
+    CheckpointError,
+    FpnEngineError,
+    ImageError,
+    ProposalError,
+    SpecError,
+)
+from fpn_engine.spec import OBJECT, Category
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.systems import SYSTEMS, make_system
 from fpn_export.training.alternating import STEPS, train_alternating
+from fpn_export.training.examples import AnnotatedExamples
 from fpn_export.training.job import Job, train
 from fpn_export.training.recipe import Recipe
 from fpn_export.training.trainer import Habits
+from tests.engine.voc_files import write_object, write_xml
 from tests.export.training.squares import tiny_spec, write_squares
 
 RECIPE = Recipe(
@@ -41,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(data: Path, output: Path, **changes: Any) -> Job:
     values = {
         "annotations": [data],
-        "images": data.parent / "images",
+        "images": [data.parent / "images"],
         "output": output,
         "spec": tiny_spec(rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_test=50),
         "representation_size": 32,
@@ -120,13 +130,13 @@ def edit(data: Path, target: Path, change: Any) -> Path:
 
 def test_images_that_are_not_there_are_counted(data: Path, run_path: Path, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"6 of 6 annotated images are not in .*--images"):
-        train(make_job(data, run_path, images=tmp_path))
+        train(make_job(data, run_path, images=[tmp_path]))
 
 
 def test_annotations_without_objects_are_said(data: Path, run_path: Path, tmp_path: Path) -> None:
     empty = edit(data, tmp_path / "empty.json", lambda document: document["annotations"].clear())
     with pytest.raises(AnnotationError, match="no annotated image has an object"):
-        train(make_job(empty, run_path, images=data.parent / "images"))
+        train(make_job(empty, run_path, images=[data.parent / "images"]))
     with pytest.raises(AnnotationError, match="no object to score on"):
         train(make_job(data, run_path, val_annotations=empty))
 
@@ -137,7 +147,44 @@ def test_an_image_of_another_size_is_named(data: Path, run_path: Path, tmp_path:
     for path in (data.parent / "images").iterdir():
         Image.open(path).resize((50, 40)).save(images / path.name)
     with pytest.raises(ImageError, match=r"\.png is 50x40 pixels, but its annotations are for 96x96"):
-        train(make_job(data, run_path, images=images))
+        train(make_job(data, run_path, images=[images]))
+
+
+def test_a_run_of_another_width_is_not_taken_up(data: Path, run_path: Path) -> None:
+    train(make_job(data, run_path))
+    with pytest.raises(CheckpointError, match=r"other settings \(data.representation_size was 32, is 16\)"):
+        train(make_job(data, run_path, representation_size=16))
+
+
+def test_nor_one_of_changed_voc_annotations(run_path: Path, tmp_path: Path) -> None:
+    """The list of names stays, what is in the images changes."""
+    images = tmp_path / "JPEGImages"
+    images.mkdir()
+    Image.new("RGB", (80, 60)).save(images / "a.jpg")
+    names = tmp_path / "train.txt"
+    names.write_text("a\n")
+    write_xml(tmp_path / "Annotations", "a", write_object("red", (1, 1, 40, 40)))
+    spec = dataclasses.replace(tiny_spec(), categories=(Category(id=1, name="red"),))
+    job = make_job(names, run_path, images=[images], spec=spec)
+    assert train(job).complete
+    assert train(job).complete
+    write_xml(tmp_path / "Annotations", "a", write_object("red", (1, 1, 40, 41)))
+    with pytest.raises(CheckpointError, match=r"other settings \(data.annotations was"):
+        train(job)
+
+
+def test_boxes_are_cut_to_the_image(data: Path) -> None:
+    """Of four, one lies outside and one touches the border from there."""
+    boxes = [(-10, 5, 30, 20), (60, 80, 500, 500), (96, 0, 10, 10), (200, 200, 5, 5)]
+    truth = load_annotations(data)
+    annotations = tuple(
+        Annotation(image_id=1, category_id=1, bbox=box, area=box[2] * box[3], iscrowd=False) for box in boxes
+    )
+    examples = AnnotatedExamples(
+        dataclasses.replace(truth, annotations=annotations), data.parent / "images", truth.categories
+    )
+    assert len(examples) == 1
+    assert examples.objects_of(0)[0].tolist() == [[0, 5, 20, 25], [60, 80, 96, 96]]
 
 
 def test_a_batch_that_does_not_divide_is_said(data: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,11 @@ def test_every_object_is_learned_by_its_best_boxes() -> None:
     assert match_boxes(OBJECTS, boxes, 0.3, 0.7, keep_best=True).tolist() == [0, 0, BACKGROUND, 1]
 
 
+def test_an_object_that_no_box_overlaps_is_not_learned() -> None:
+    boxes = row((100, 110), (200, 210))
+    assert match_boxes(OBJECTS, boxes, 0.3, 0.7, keep_best=True).tolist() == [BACKGROUND] * 2
+
+
 def test_without_objects_all_is_background() -> None:
     assert match_boxes(torch.zeros(0, 4), row((0, 1), (1, 2)), 0.3, 0.7).tolist() == [BACKGROUND] * 2
 
