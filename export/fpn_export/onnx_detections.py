@@ -69,7 +69,8 @@ def _add_outputs(g: OnnxGraph, boxes: str, scores: str, labels: str, limit: str)
 def add_status(g: OnnxGraph, spec: ModelSpec) -> None:
     """``status`` (N,) int64: 1 where the image or the network's answer holds NaN or infinity, else 0.
 
-    A sum carries either, and s - s is then NaN and otherwise 0. ``map_check`` (N,) float32 is that of image and maps.
+    A sum carries either, and s - s is then NaN and otherwise 0; so is a sum of finite numbers that overflows, at which
+    only ``find_nonfinite`` looks again. ``map_check`` (N,) float32 is that of image and maps.
     """
     maps = ["image"]
     if spec.has_box_head:

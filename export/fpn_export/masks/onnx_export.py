@@ -155,7 +155,7 @@ def _add_masks(g: OnnxGraph, model: FpnMasks, there: Collection[str]) -> None:
 
 
 def _add_status(g: OnnxGraph, spec: MaskSpec) -> None:
-    """``status`` (N,): 1 where a score map, the image or a mask holds NaN or infinity. s - s is then NaN."""
+    """``status`` (N,): 1 where a score map, the image or a mask holds NaN or infinity, as ``add_status`` tells it."""
     maps = ["image", *(f"scores_{level}" for level in spec.level_names), "masks"]
     sums = [g.op("ReduceSum", value, g.int64(1, 2, 3), keepdims=0) for value in maps]
     total = g.op("Sum", *(g.op("Sub", value, value) for value in sums))

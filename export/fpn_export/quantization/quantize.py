@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from fpn_export.quantization.layers import Layer, Network, select_layers
 from fpn_export.quantization.pairs import insert_pairs, quantize_weight, relative_error, takes_precision
 from fpn_export.quantization.ranges import RANGES
 from fpn_export.quantization.report import LayerRow, Report
-from fpn_export.quantization.scoring import Found, detect, score_agreement, score_ap
+from fpn_export.quantization.scoring import CERTAIN, Found, detect, score_agreement, score_ap
 from fpn_export.quantization.sensitivity import Sensitivity
 from fpn_export.tensorrt.quantized_graph import is_quantized
 
@@ -186,10 +187,12 @@ class _Run:
         note = self._note if title == "scoring fp32" else silent
         return detect(model, self._spec, paths, self._begin(title, len(paths)), note)
 
-    def _score(self, found: Found, exact: Found) -> float:
-        return score_ap(found, self._truth) if self._truth else score_agreement(found, exact)
+    def _score(self, found: Found, exact: Found) -> float | None:
+        """None if there is nothing to find."""
+        score = score_ap(found, self._truth) if self._truth else score_agreement(found, exact)
+        return None if math.isnan(score) else score
 
-    def _try(self, layers: set[str], paths: Sequence[Path], exact: Found) -> float:
+    def _try(self, layers: set[str], paths: Sequence[Path], exact: Found) -> float | None:
         if not layers:
             return self._score(exact, exact)
         title = f"scoring {self._options.precision}, {len(layers)} layers"
@@ -198,27 +201,32 @@ class _Run:
     def _fall_back(
         self,
         worst: Sequence[str],
-        score: float,
-        before: float,
+        score: float | None,
+        before: float | None,
         names: Sequence[str],
         paths: Sequence[Path],
         exact: Found,
-    ) -> tuple[set[str], float]:
+    ) -> tuple[set[str], float | None]:
         """The fewest of the worst layers that must stay float for the tolerance to hold, and the score then.
 
         Their number is doubled until it holds, then halved back: a few scores, not one for each layer.
         """
         tolerance = self._options.tolerance
 
-        def is_kept(value: float) -> bool:
-            return tolerance is None or 100 * (before - value) <= tolerance
+        def is_kept(value: float | None) -> bool:
+            return tolerance is None or before is None or value is None or 100 * (before - value) <= tolerance
 
+        if score is None:
+            what = "nothing is annotated" if self._truth else f"the float model scores nothing {CERTAIN} or more"
+            self._note(
+                f"{what} on the {len(paths)} images to score on: what {self._options.precision} costs is not known"
+            )
         if is_kept(score):
             return set(), score
         if not worst:
             self._note("the tolerance does not hold, and without --sensitivity no layer can be told to keep in float")
             return set(), score
-        scores = {0: score}
+        scores: dict[int, float | None] = {0: score}
         low, high = 0, 1
         while True:
             scores[high] = self._try(set(names) - set(worst[:high]), paths, exact)

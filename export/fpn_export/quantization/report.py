@@ -36,7 +36,7 @@ class Report:
         calibrated_on, scored_on, sensitivity_on: numbers of images; held_out: whether none of those that calibrated
             was scored.
         metric: "AP", or "agreement" with the float model's own detections; scores are in 0..1, of float32, with all
-            layers quantised, and as written.
+            layers quantised, and as written; all None if the scored images have nothing to find.
         tolerance: in points of 100, None for any.
     """
 
@@ -48,9 +48,9 @@ class Report:
     sensitivity_on: int
     metric: str
     tolerance: float | None
-    score_float: float
-    score_all: float
-    score: float
+    score_float: float | None
+    score_all: float | None
+    score: float | None
     layers: list[LayerRow]
 
     @property
@@ -64,9 +64,10 @@ class Report:
         """One line."""
         kept = len(self.float_layers)
         of_all = f"{len(self.layers) - kept} of {len(self.layers)} layers in {self.precision}"
-        return (
-            f"{of_all}, {self.metric} {_points(self.score_float)} -> {_points(self.score)} on {self.scored_on} images"
-        )
+        images = f"on {self.scored_on} images"
+        if self.score is None:
+            return f"{of_all}, {self.metric} not measured: nothing to find {images}"
+        return f"{of_all}, {self.metric} {_points(self.score_float)} -> {_points(self.score)} {images}"
 
     def to_markdown(self, title: str, chart: str) -> str:
         """A page; ``chart`` is the file name of the picture."""
@@ -102,12 +103,12 @@ class Report:
             kept = "" if row.quantized else f"float: {row.why_float}"
             yield f"| `{row.name}` | {row.parameters:,} | {' | '.join(map(_percent, errors))} | {kept} |"
 
-    def _change(self, score: float) -> str:
-        return f"{100 * (score - self.score_float):+.2f}"
+    def _change(self, score: float | None) -> str:
+        return "" if score is None or self.score_float is None else f"{100 * (score - self.score_float):+.2f}"
 
 
-def _points(score: float) -> str:
-    return f"{100 * score:.2f}"
+def _points(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.2f}"
 
 
 def _percent(error: float | None) -> str:

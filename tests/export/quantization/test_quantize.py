@@ -15,7 +15,7 @@ from PIL import Image
 from fpn_engine.annotations import load_annotations
 from fpn_engine.engine import Engine
 from fpn_engine.errors import BackendError, ImageError, ModelError, OptionError
-from fpn_engine.ground_truth import CocoGroundTruth
+from fpn_engine.ground_truth import AnnotatedImage, CocoGroundTruth
 from fpn_engine.plan import read_plan
 from fpn_engine.sources import list_images
 from fpn_export.build import build_plan
@@ -100,6 +100,27 @@ def test_the_worst_layers_stay_float_until_the_score_holds(model: ModelProto, ph
     assert 0 < len(kept) < len(report.layers)
     worst = sorted(report.layers, key=lambda row: -(row.alone or 0.0))[: len(kept)]
     assert {row.name for row in kept} == {row.name for row in worst}
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_where_there_is_nothing_to_find_no_score_is_made_up(
+    model: ModelProto, photographs: Path, monkeypatch: pytest.MonkeyPatch, annotated: bool
+) -> None:
+    """Neither is every layer tried, nor a NaN written, which is not JSON."""
+    monkeypatch.setattr("fpn_export.quantization.scoring.CERTAIN", 1.1)
+    paths = list(list_images([photographs]))
+    images = tuple(AnnotatedImage(id=n, file_name=path.name, height=60, width=80) for n, path in enumerate(paths))
+    truth = CocoGroundTruth(images=images, categories=SPEC.categories, annotations=())
+    notes: list[str] = []
+    options = dataclasses.replace(QUICK, tolerance=0.3)
+    _, report = quantize_model(model, SPEC, paths, options, truth=truth if annotated else None, on_note=notes.append)
+    assert not report.float_layers
+    assert json.loads(report.to_json(), parse_constant=pytest.fail)["score_float"] is None
+    assert "not measured: nothing to find on 2 images" in report.summary()
+    said = "nothing is annotated on the 2 images" if annotated else "scores nothing 0.5 or more on the 2 images"
+    assert len(notes) == 1
+    assert said in notes[0]
+    assert "nan" not in report.to_markdown("x", "y")
 
 
 def test_sensitivity_finds_the_layer_that_suffers(model: ModelProto, photographs: Path) -> None:
