@@ -304,11 +304,13 @@ def test_resume(infer: Run, images: Path, workplace: Path) -> None:
     assert ran.err.startswith(f"1 of 4 images are done already in {output}\n")
     assert ran.code == 3
 
+    assert infer(*options, "--resume").code == 3  # only the broken one is left, but not all failed
+
     (images / "c.png").write_bytes((images / "a.png").read_bytes())  # mended meanwhile
     assert infer(*options, "--resume").code == 0
     results = lines(output.read_text())
-    assert [Path(result["image"]).name for result in results] == ["a.png", "b.jpg", "c.png", "d.png", "c.png"]
-    assert results[4]["detections"] == results[0]["detections"]
+    assert [Path(result["image"]).name for result in results] == ["a.png", "b.jpg", "c.png", "d.png", "c.png", "c.png"]
+    assert results[5]["detections"] == results[0]["detections"]
 
     before = output.read_bytes()
     ran = infer(*options, "--resume")

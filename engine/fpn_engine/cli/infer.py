@@ -103,6 +103,7 @@ def infer(
     from fpn_engine.sources import list_images
 
     paths = list(list_images(images, recursive=recursive))
+    listed = len(paths)
     pictures = _name_pictures(paths, save) if save else {}
     if resume and output is not None:
         paths = _unfinished(paths, output)
@@ -129,7 +130,7 @@ def infer(
             advance()
     if run.failed:
         note(f"{run.failed} of {len(paths)} images failed")
-        raise typer.Exit(ALL_FAILED if run.failed == len(paths) else SOME_FAILED)
+        raise typer.Exit(ALL_FAILED if run.failed == listed else SOME_FAILED)
 
 
 class _Selection:

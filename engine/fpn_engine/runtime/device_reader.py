@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 # The first with meta-pytorch/torchcodec#1634: before it the hardware decoder overwrote memory that was still read.
 TORCHCODEC = "0.17"
 MAX_BYTES = 1 << 28  # of a file that is read as a whole; larger ones hold something else beside an image
-HIGH_PRIORITY = -1  # torch keeps these streams apart, so that none is a runner's
+# torch hands these streams out apart from those that runners compute and upload on. What runs beside a trunk has one
+# too: should both get the same of the 32, they wait for each other, and nothing else happens.
+HIGH_PRIORITY = -1
 PROBE_COLOUR, PROBE_SIDE, PROBE_TOLERANCE = (200, 100, 50), 32, 8
 
 # EXIF orientation: whether rows and columns change places, then which of (rows, columns) are reversed.

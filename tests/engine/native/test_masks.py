@@ -18,7 +18,7 @@ from fpn_engine.backends.native.level_scores import LevelScores, split_scores
 from fpn_engine.backends.native.masks import NativeMaskAnswer, NativeMaskTrunk, load_native_masks, make_native_masks
 from fpn_engine.backends.native.ops import FLOAT16, FLOAT32, WindowScore
 from fpn_engine.backends.native.packing import pack_part, unpack_part
-from fpn_engine.errors import PlanError
+from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.masks import screening
 from fpn_engine.masks.pipeline import MaskPipeline, MaskTrunkOutput
 from fpn_engine.plan import Manifest, Part, Plan
@@ -180,6 +180,19 @@ def test_damaged_parts_are_told(model: FpnMasks, networks: dict[str, ModelProto]
     kept = {name: weights[name] for name in deeper.weights()}
     with pytest.raises(PlanError, match="the plan is damaged"):
         load_native_masks(Plan(plan.manifest, plan.parts | pack_part("head0", deeper, kept)))
+
+
+def test_the_device_is_not_taken_for_the_plan(
+    model: FpnMasks, networks: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(plan: Plan) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fpn_engine.backends.native.masks.check_native", lambda manifest: None)
+    monkeypatch.setattr("fpn_engine.backends.native.cuda.loading.prepare", lack)
+    plan = make_plan(model, networks, "fp32")
+    with pytest.raises(BackendError, match=r"^the CUDA device failed while the plan was loaded: CUDA out of memory$"):
+        load_native_masks(Plan(dataclasses.replace(plan.manifest, device="cuda"), plan.parts))
 
 
 def test_an_answer_without_places(model: FpnMasks, networks: dict[str, ModelProto]) -> None:

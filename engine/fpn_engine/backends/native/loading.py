@@ -11,7 +11,7 @@ from fpn_engine.backends.native.cpu_convolution import has_bfloat16
 from fpn_engine.backends.native.cpu_quantized import has_int8_products
 from fpn_engine.backends.native.packing import part_names, unpack_part
 from fpn_engine.backends.native.parts import NativeHead, NativeTrunk
-from fpn_engine.errors import BackendError, PlanError
+from fpn_engine.errors import BackendError, FpnEngineError, PlanError
 from fpn_engine.plan import MAX_REASON, Manifest, Plan, rebuild_hint
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -91,9 +91,13 @@ def load_native(plan: Plan, threads: int | None = None) -> tuple[NativeTrunk, Na
         trunk = NativeTrunk(*unpack_part("trunk", plan.parts), spec, threads, make)
         head = NativeHead(*unpack_part("head", plan.parts), spec, threads, make) if spec.has_box_head else None
     except (ValueError, RuntimeError) as error:
-        if plan.manifest.device == "cuda" and isinstance(error, RuntimeError):
-            raise BackendError(
-                f"the CUDA device failed while the plan was loaded: {str(error)[:MAX_REASON]}"
-            ) from error
-        raise PlanError(f"the plan is damaged: {str(error)[:MAX_REASON]}; {rebuild_hint(plan.manifest)}") from None
+        raise explain_failure(plan.manifest, error) from error
     return trunk, head
+
+
+def explain_failure(manifest: Manifest, error: ValueError | RuntimeError) -> FpnEngineError:
+    """What to say of an error while a plan was loaded: the plan's fault, or the CUDA device's."""
+    reason = str(error)[:MAX_REASON]
+    if manifest.device == "cuda" and isinstance(error, RuntimeError):
+        return BackendError(f"the CUDA device failed while the plan was loaded: {reason}")
+    return PlanError(f"the plan is damaged: {reason}; {rebuild_hint(manifest)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fpn_engine.backends.native.level_scores import LevelScores, screens_well, split_scores
-from fpn_engine.backends.native.loading import check_native
+from fpn_engine.backends.native.loading import check_native, explain_failure
 from fpn_engine.backends.native.ops import NONE, RELU, Linear, WindowScore
 from fpn_engine.backends.native.packing import unpack_part
 from fpn_engine.backends.native.parts import (
@@ -23,10 +23,9 @@ from fpn_engine.backends.native.parts import (
     make_trunk_executor,
 )
 from fpn_engine.backends.native.program import Program
-from fpn_engine.errors import PlanError
 from fpn_engine.masks.pipeline import MaskTrunkOutput
 from fpn_engine.masks.spec import MaskSpec
-from fpn_engine.plan import MAX_REASON, Plan, rebuild_hint
+from fpn_engine.plan import Plan
 from fpn_kernels import window_linear
 
 LEAST_PLACES = 32  # for each to be found: below, exact scores everywhere cost less than those of candidates
@@ -148,7 +147,7 @@ class NativeMaskAnswer:
 def load_native_masks(plan: Plan, threads: int | None = None) -> tuple[NativeMaskTrunk, NativeMaskAnswer]:
     """Make the parts of a native plan of a mask-proposal model ready.
 
-    Raises: PlanError if the plan does not fit what is here or its parts are not what a build writes.
+    Raises: as ``load_native`` does.
     """
     check_native(plan.manifest)
     spec = plan.manifest.spec
@@ -162,7 +161,7 @@ def load_native_masks(plan: Plan, threads: int | None = None) -> tuple[NativeMas
             make, device = prepare(plan), torch.device("cuda", torch.cuda.current_device())
         return make_native_masks(plan.parts, spec, threads, make, device)
     except (ValueError, RuntimeError) as error:
-        raise PlanError(f"the plan is damaged: {str(error)[:MAX_REASON]}; {rebuild_hint(plan.manifest)}") from None
+        raise explain_failure(plan.manifest, error) from error
 
 
 def make_native_masks(
