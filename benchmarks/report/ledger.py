@@ -11,7 +11,7 @@ from benchmarks.rows import Row
 from benchmarks.suite import BASE, OURS
 from benchmarks.targets import Targets
 
-# Lin et al. 2017, sec. 5.2.3 and 6.1, one image on an NVIDIA M40: seconds, and the suite and row that stand beside it.
+# Lin et al. 2017, sec. 5.2.2 and 6.1, one image on an NVIDIA M40: seconds, and the suite and row that stand beside it.
 PAPER = (
     ("Faster R-CNN with FPN, ResNet-50", 0.148, "engine", USUAL),
     ("Faster R-CNN with FPN, ResNet-101", 0.172, "engine", "R101-FPN, 800x1216, batch 1"),

@@ -18,7 +18,7 @@ class FeaturePyramid(nn.Module):
 
         merged5 = lateral5(c5);  merged_k = lateral_k(c_k) + up(merged_(k+1));  p_k = output_k(merged_k)
 
-    ``up`` is nearest-neighbour upsampling to the lateral's own size. p6 is p5 subsampled by 2 (footnote 2).
+    ``up`` is nearest-neighbour upsampling to the lateral's own size. p6 is p5 subsampled by 2 (footnote 1).
 
     Args:
         in_channels: channels of c2, c3, c4, c5.

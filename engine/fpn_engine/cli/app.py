@@ -19,10 +19,10 @@ from fpn_engine.cli.scenes import scenes
 from fpn_engine.cli.train import train
 from fpn_engine.cli.verify import verify
 
-EPILOG = (
-    "Exit codes: 0 done, 1 error, 2 wrong usage, 3 some images failed, 4 all images failed, "
-    "130 interrupted, 143 terminated."
-)
+CODES = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 some images failed, 4 all images failed, "
+KILLED = "130 interrupted, 143 terminated."
+EPILOG = f"{CODES}5 verify finds a difference, {KILLED}"
+INFER_EPILOG = CODES + KILLED
 VERIFY_EPILOG = "Exit codes: 0 they agree, 1 error, 2 wrong usage, 3 some images failed, 4 all failed, 5 they disagree."
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ app.command()(demo)
 app.command(no_args_is_help=True)(export)
 app.command(no_args_is_help=True)(quantize)
 app.command(no_args_is_help=True)(build)
-app.command(no_args_is_help=True, epilog=EPILOG)(infer)
+app.command(no_args_is_help=True, epilog=INFER_EPILOG)(infer)
 app.command(name="eval", no_args_is_help=True)(evaluate)
 app.command(no_args_is_help=True, epilog=VERIFY_EPILOG)(verify)
 app.command(no_args_is_help=True)(train)

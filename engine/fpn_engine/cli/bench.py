@@ -56,8 +56,8 @@ def bench(
 ) -> None:
     """Time a plan from pixels in memory to detections: the middle, and what a fifth stays below and above.
 
-    --profile shows beside each stage of a native plan its floor: the least time for its products and bytes, at the
-    rates that this machine reaches on large matrices and copies.
+    --profile shows beside each stage of a detector's native plan, but in int8, its floor: the least time for its
+    products and bytes, at the rates that this machine reaches on large matrices and copies.
 
     Figures hold for these pictures on this machine as busy as it is now.
     """

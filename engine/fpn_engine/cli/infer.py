@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SOME_FAILED, ALL_FAILED = 3, 4
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SHOWN_SCORE = 0.5  # lowest score in tables and pictures unless --score says otherwise
-MAX_DETECTIONS = 100_000  # more than a thousand proposals of any data set's classes give
+MAX_DETECTIONS = 100_000  # a thousand proposals of a hundred classes
 
 
 def infer(
@@ -53,7 +53,7 @@ def infer(
     ] = Format.table,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write results here, not to stdout.")] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO file with the image ids for --format coco and --proposals.")
+        Path | None, typer.Option(help="COCO file or VOC folder with the image ids for --format coco and --proposals.")
     ] = None,
     proposals: ProposalsOption = None,
     score: Annotated[

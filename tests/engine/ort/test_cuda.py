@@ -98,6 +98,7 @@ def test_nothing_is_copied(plan: Plan, recorded: type[RecordingSession]) -> None
 
 def test_options_of_the_cuda_provider(plan: Plan, recorded: type[RecordingSession]) -> None:
     load_ort_cuda(plan, 1, StandInPlace())
+    assert len(recorded.made) == 2
     for session in recorded.made:
         ((name, options),) = session.providers
         assert name == "CUDAExecutionProvider"
