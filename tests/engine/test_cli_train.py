@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fpn_export.checkpoint import load_checkpoint
+from fpn_export.scenes import write_coco
 from fpn_export.training.alternating import STEPS
 from tests.engine.conftest import Run
 from tests.engine.voc_files import write_object, write_xml
@@ -87,6 +88,18 @@ def test_nonsense_ends_with_a_sentence(data: Path, run: Run, tmp_path: Path, mor
     assert done.code == 1
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+def test_images_to_score_masks_on_are_looked_for_before_training(run: Run, tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "scenes", seed=3, count=2, size=(96, 128))
+    given = ["--arch", "fpn-masks", "--annotations", str(data), "--images", str(data.parent / "images")]
+    done = run(
+        "train", *given, "--val-annotations", str(data), "--val-images", str(tmp_path), "-o", str(tmp_path / "run")
+    )
+    assert done.code == 1
+    assert "2 of 2 annotated images are not in" in done.err
+    assert "check --val-images" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_annotations_of_different_classes_are_refused(data: Path, run: Run, tmp_path: Path) -> None:

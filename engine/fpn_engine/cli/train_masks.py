@@ -45,6 +45,7 @@ def train_masks(
     from fpn_export.masks.training import MaskJob, SegmentValidation, make_recipe
     from fpn_export.masks.training import train_masks as run
     from fpn_export.masks.variants import make_variant
+    from fpn_export.training.examples import check_images
 
     if len(annotations) != 1:
         raise FpnEngineError("mask proposals are learnt from one annotation file; join them and give that")
@@ -53,7 +54,9 @@ def train_masks(
     validation = None
     if val_annotations is not None:
         truth, val_folder = load_segments(val_annotations), val_images or folder
-        validation = SegmentValidation(truth, lambda number: val_folder / truth.truth.images[number].file_name)
+        pictures = [val_folder / image.file_name for image in truth.truth.images]
+        check_images(pictures, val_folder, "--val-images")
+        validation = SegmentValidation(truth, pictures.__getitem__)
     given = {name: value for name, value in recipe.items() if value is not None}
     batch = given.pop("batch_size")
     made = make_recipe(steps or max(1, round(epochs * len(examples) / batch)), batch, **given)

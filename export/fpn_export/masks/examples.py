@@ -14,6 +14,7 @@ from fpn_engine.images import to_array
 from fpn_engine.masks.ground_truth import SegmentTruth, describe_segments
 from fpn_engine.masks.run_lengths import Masks, RunLengths, areas_of, decode_masks, encode_masks
 from fpn_export.scenes.scene import SIZE, make_scene
+from fpn_export.training.examples import check_images
 
 
 class MaskExample(NamedTuple):
@@ -73,12 +74,7 @@ class AnnotatedSegments:
         if not images:
             raise AnnotationError("no annotated image has an object to learn; check the annotations")
         self._paths = [folder / image.file_name for image in images]
-        missing = [path for path in self._paths if not path.is_file()]
-        if missing:
-            raise AnnotationError(
-                f"{len(missing)} of {len(images)} annotated images are not in {folder}, the first is "
-                f"{missing[0].name}; check --images"
-            )
+        check_images(self._paths, folder)
         self.shapes = [(image.height, image.width) for image in images]
         self._objects = [objects[image.id] for image in images]
 

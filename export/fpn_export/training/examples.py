@@ -99,12 +99,7 @@ class AnnotatedExamples:
             )
         if not self._listed:
             raise AnnotationError("no annotated image has an object to learn; check the annotations")
-        missing = [entry.path for entry in self._listed if not os.path.isfile(entry.path)]
-        if missing:
-            raise AnnotationError(
-                f"{len(missing)} of {len(self._listed)} annotated images are not in {folder}, the first is "
-                f"{missing[0].name}; check --images"
-            )
+        check_images([entry.path for entry in self._listed], folder)
         self.shapes = [entry.shape for entry in self._listed]
 
     def __len__(self) -> int:
@@ -124,6 +119,16 @@ class AnnotatedExamples:
                 f"{entry.shape[1]}x{entry.shape[0]}"
             )
         return Example(pixels, entry.boxes, entry.labels, entry.proposals)
+
+
+def check_images(paths: Sequence[Path], folder: Path, option: str = "--images") -> None:
+    """Raises AnnotationError, which counts those of ``paths`` that are no files, if ``option`` named a wrong folder."""
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise AnnotationError(
+            f"{len(missing)} of {len(paths)} annotated images are not in {folder}, the first is {missing[0].name}; "
+            f"check {option}"
+        )
 
 
 def _cut(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:

@@ -139,7 +139,7 @@ def _join_examples(job: Job, truths: Sequence[CocoGroundTruth]) -> Examples:
 
 
 def make_validation(job: Job) -> CocoValidation | None:
-    """What the job's model is scored by. Raises: AnnotationError if there is nothing to score on."""
+    """What the job's model is scored by. Raises: AnnotationError if that is nothing, or not there."""
     if job.val_annotations is None:
         return None
     val_truth = load_annotations(job.val_annotations)

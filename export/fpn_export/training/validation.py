@@ -12,6 +12,7 @@ from fpn_engine.evaluation import DetectionScore, ProposalScore, score_detection
 from fpn_engine.proposals import ProposalBoxes
 from fpn_engine.results import coco_results
 from fpn_export.detector import FpnDetector
+from fpn_export.training.examples import check_images
 
 Score = DetectionScore | ProposalScore
 Validation = Callable[[FpnDetector], Score]
@@ -26,11 +27,13 @@ class CocoValidation:
     """Scores a model on the images of an annotation file, in fp32.
 
     Args: truth: the annotations. folder: where their images lie. proposals: those of a file name, for Fast R-CNN.
+    Raises: AnnotationError if images are missing.
     """
 
     def __init__(
         self, truth: CocoGroundTruth, folder: Path, proposals: Callable[[str], ProposalBoxes] | None = None
     ) -> None:
+        check_images([folder / image.file_name for image in truth.images], folder, "--val-images")
         self._truth, self._folder, self._proposals = truth, folder, proposals
 
     def __call__(self, model: FpnDetector) -> Score:

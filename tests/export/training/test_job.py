@@ -133,6 +133,12 @@ def test_images_that_are_not_there_are_counted(data: Path, run_path: Path, tmp_p
         train(make_job(data, run_path, images=[tmp_path]))
 
 
+def test_images_to_score_on_are_looked_for_before_training(data: Path, run_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"6 of 6 annotated images are not in .*--val-images"):
+        train(make_job(data, run_path, val_annotations=data, val_images=tmp_path))
+    assert not (run_path / "log.csv").exists()
+
+
 def test_annotations_without_objects_are_said(data: Path, run_path: Path, tmp_path: Path) -> None:
     empty = edit(data, tmp_path / "empty.json", lambda document: document["annotations"].clear())
     with pytest.raises(AnnotationError, match="no annotated image has an object"):
