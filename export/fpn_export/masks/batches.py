@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fpn_engine.masks.run_lengths import Masks
 from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.proposals import Boxes
 from fpn_export.masks.examples import MaskExample, MaskExamples
 from fpn_export.training.augmentation import augment
-from fpn_export.training.batches import BatchOrder, Place, assemble
+from fpn_export.training.batches import BatchOrder, Place, assemble, read_batches
 from fpn_export.training.examples import Example
 from fpn_export.training.randomness import AUGMENTATION, random_state
 from fpn_export.training.recipe import Recipe
@@ -87,7 +87,7 @@ class _Collate:
         return MaskBatch(images, objects)
 
 
-def make_mask_loader(
+def load_mask_batches(
     examples: MaskExamples,
     spec: MaskSpec,
     recipe: Recipe,
@@ -96,7 +96,7 @@ def make_mask_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-) -> DataLoader[Any]:
-    """A :class:`MaskBatch` for each update from ``first_step`` on; ``workers`` processes read ahead."""
+) -> Iterator[MaskBatch]:
+    """A :class:`MaskBatch` for each update from ``first_step`` on, as ``read_batches`` reads them."""
     order = BatchOrder(examples.shapes, recipe, first_step=first_step, rank=rank, world_size=world_size)
-    return DataLoader(_Augmented(examples, recipe), batch_sampler=order, collate_fn=_Collate(spec), num_workers=workers)
+    return read_batches(_Augmented(examples, recipe), order, _Collate(spec), workers)

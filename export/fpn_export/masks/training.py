@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fpn_engine.engine import Engine
 from fpn_engine.masks.evaluation import Segments, SegmentScore, score_segments
 from fpn_engine.masks.ground_truth import SegmentTruth
 from fpn_engine.masks.spec import MaskSpec
 from fpn_export.detector import FpnDetector
-from fpn_export.masks.batches import MaskBatch, make_mask_loader
+from fpn_export.masks.batches import MaskBatch, load_mask_batches
 from fpn_export.masks.examples import MaskExamples
 from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.step import MaskLoss, compute_mask_losses
@@ -140,8 +139,8 @@ class MaskTrainer(Trainer):
     def _make_losses(self) -> nn.Module:
         return _MaskLosses(cast(FpnMasks, self.model), self._recipe)
 
-    def _make_loader(self) -> DataLoader[Any]:
-        return make_mask_loader(
+    def _load_batches(self) -> Iterator[Any]:
+        return load_mask_batches(
             cast(MaskExamples, self._examples),
             cast(MaskSpec, self.model.spec),
             self._recipe,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fpn_engine.errors import FpnEngineError
 from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.resizing import padded_size, resized_size
 from fpn_engine.spec import ModelSpec
@@ -98,6 +99,46 @@ class BatchOrder(Sampler[list[Place]]):
             epoch += 1
 
 
+class _Returning(Dataset[Any]):
+    """Examples, or the FpnEngineError that one of them raised, whose sentence a worker's traceback would wrap."""
+
+    def __init__(self, examples: Dataset[Any]) -> None:
+        self._examples = examples
+
+    def __getitem__(self, place: Place) -> Any:
+        try:
+            return self._examples[place]
+        except FpnEngineError as error:
+            return error
+
+
+class _UnlessFailed:
+    """A batch of examples, or the first error among them."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, drawn: Sequence[Any]) -> Any:
+        failed = [error for error in drawn if isinstance(error, FpnEngineError)]
+        return failed[0] if failed else self._collate(drawn)
+
+
+def read_batches(
+    examples: Dataset[Any], order: BatchOrder, collate: Callable[[Sequence[Any]], Any], workers: int
+) -> Iterator[Any]:
+    """What ``collate`` makes of the examples of each update; ``workers`` processes read ahead, 0 reads at once.
+
+    Raises: FpnEngineError as ``examples`` raised it, in whatever process.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Returning(examples), batch_sampler=order, collate_fn=_UnlessFailed(collate), num_workers=workers
+    )
+    for batch in loader:
+        if isinstance(batch, FpnEngineError):
+            raise batch
+        yield batch
+
+
 class _Augmented(Dataset[tuple[Example, float]]):
     def __init__(self, examples: Examples, recipe: Recipe) -> None:
         self._examples, self._recipe = examples, recipe
@@ -143,7 +184,7 @@ class _Collate:
         return Batch(images, torch.tensor(sizes, dtype=torch.int64), objects, proposals or None)
 
 
-def make_loader(
+def load_batches(
     examples: Examples,
     spec: ModelSpec,
     recipe: Recipe,
@@ -152,7 +193,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-) -> DataLoader[Any]:
-    """A :class:`Batch` for each update from ``first_step`` on; ``workers`` processes read ahead, 0 reads at once."""
+) -> Iterator[Batch]:
+    """A :class:`Batch` for each update from ``first_step`` on, as :func:`read_batches` reads them."""
     order = BatchOrder(examples.shapes, recipe, first_step=first_step, rank=rank, world_size=world_size)
-    return DataLoader(_Augmented(examples, recipe), batch_sampler=order, collate_fn=_Collate(spec), num_workers=workers)
+    return read_batches(_Augmented(examples, recipe), order, _Collate(spec), workers)

@@ -37,6 +37,7 @@ class State:
         settings: everything that decides the weights, JSON-ready; a run is taken up only under the same.
         best: the main figure of the best model so far, or None.
         seconds: of training so far.
+        score_due: the model is to be scored at this step and was not, since an image could not be read.
     """
 
     step: int
@@ -45,6 +46,7 @@ class State:
     settings: Mapping[str, Any]
     best: float | None
     seconds: float
+    score_due: bool = False
 
 
 class RunFolder:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from fpn_engine.errors import NonFiniteError
+from fpn_engine.errors import FpnEngineError, NonFiniteError
 from fpn_export.detector import FpnDetector
-from fpn_export.training.batches import Batch, make_loader
+from fpn_export.training.batches import Batch, load_batches
 from fpn_export.training.examples import Examples
 from fpn_export.training.freezing import freeze_shared, set_training_mode
 from fpn_export.training.losses import Loss
@@ -102,7 +101,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             nesterov=recipe.nesterov,
         )
-        self.step, self._seconds = 0, 0.0
+        self.step, self._seconds, self._score_due = 0, 0.0, False
         self.best: float | None = None
         state = folder.load_state(self._settings)
         if state is not None:
@@ -119,22 +118,29 @@ class Trainer:
         """Train to the end, or until ``should_stop`` says so after an update; the state is saved either way.
 
         Returns: whether the run is complete. The models are ``best.pth`` and ``last.pth`` in the folder.
-        Raises: NonFiniteError if a loss is NaN or infinite; the last saved state remains.
+        Raises: NonFiniteError if a loss is NaN or infinite, or a model in validation gives such values; the last saved
+            state remains. FpnEngineError for an image that cannot be read; the state is saved before, so that the run
+            goes on once the image is mended.
         """
         recipe, processes, habits = self._recipe, self._processes, self._habits
         losses_of = self._wrap(self._make_losses())
-        for batch in self._make_loader():
+        if self._score_due:
+            self._take_score()
+            if processes.is_first:
+                self._save()
+        batches = self._load_batches()
+        while self.step < recipe.steps:
+            batch = self._read(batches)
             began = time.perf_counter()
             losses = self._update(losses_of, batch.to(processes.device))
             self.step += 1
             self._seconds += time.perf_counter() - began
             done = self.step == recipe.steps
-            score = None
-            if self._validation and processes.is_first and (done or self.step % habits.validate_every == 0):
-                score = self._validate(self._validation)
+            rate = recipe.rate_at(self.step - 1)
             if processes.is_first:
-                rate = recipe.rate_at(self.step - 1)
                 self.folder.log(LOG, {"step": self.step, "rate": rate, **losses, "seconds": round(self._seconds, 2)})
+            score = self._take_score() if done or self.step % habits.validate_every == 0 else None
+            if processes.is_first:
                 on_progress(
                     Progress(
                         step=self.step,
@@ -148,7 +154,7 @@ class Trainer:
             stopping = self._agree(should_stop())
             if processes.is_first and (done or stopping or score or self.step % habits.save_every == 0):
                 self._save()
-            if done or stopping:
+            if stopping:
                 break
         if self.step == recipe.steps and processes.is_first:
             self.folder.save_model(LAST, self._eval_copy(), self._about())
@@ -160,8 +166,8 @@ class Trainer:
     def _make_losses(self) -> nn.Module:
         return _Losses(self.model, self._recipe)
 
-    def _make_loader(self) -> DataLoader[Any]:
-        return make_loader(
+    def _load_batches(self) -> Iterator[Any]:
+        return load_batches(
             self._examples,
             self.model.spec,
             self._recipe,
@@ -200,16 +206,52 @@ class Trainer:
         self._optimizer.step()
         return values
 
+    def _read(self, batches: Iterator[Any]) -> Any:
+        """The next batch.
+
+        Raises: FpnEngineError, after the state is saved, if an image cannot be read by this process or another one.
+        """
+        batch, failure = None, None
+        try:
+            batch = next(batches)
+        except FpnEngineError as error:
+            failure = error
+        if self._agree(failure is not None):
+            raise self._saved_despite(failure or FpnEngineError("another process cannot read its images and says why"))
+        return batch
+
+    def _take_score(self) -> Score | None:
+        """The first process's score of the model, if it is to be scored. Raises: FpnEngineError, the state saved."""
+        score = None
+        if self._validation and self._processes.is_first:
+            self._score_due = True
+            try:
+                score = self._validate(self._validation)
+            except NonFiniteError:
+                raise
+            except FpnEngineError as error:
+                raise self._saved_despite(error) from None
+        self._score_due = False
+        return score
+
+    def _saved_despite(self, error: FpnEngineError) -> FpnEngineError:
+        """``error``, with the word that the run goes on; saves the state for it, if there is anything to save."""
+        if self.step == 0:
+            return error
+        if self._processes.is_first:
+            self._save()
+        return type(error)(f"{error}; stopped after step {self.step}, the same command goes on once that is mended")
+
     def _validate(self, validation: Validation) -> Score:
         score = validation(self._eval_copy())
         name, figure = main_figure(score)
+        if self.best is None or figure > self.best:
+            self.folder.save_model(BEST, self._eval_copy(), {**self._about(), "validation": {name: round(figure, 4)}})
+            self.best = figure
         figures = {key: value for key, value in score.to_dict().items() if not isinstance(value, dict)}
         self.folder.log(
             SCORES, {"step": self.step, **{k: float("nan") if v is None else v for k, v in figures.items()}}
         )
-        if self.best is None or figure > self.best:
-            self.best = figure
-            self.folder.save_model(BEST, self._eval_copy(), {**self._about(), "validation": {name: round(figure, 4)}})
         return score
 
     def _eval_copy(self) -> FpnDetector:
@@ -241,6 +283,7 @@ class Trainer:
                 settings=self._settings,
                 best=self.best,
                 seconds=self._seconds,
+                score_due=self._score_due,
             )
         )
 
@@ -248,6 +291,7 @@ class Trainer:
         self.model.load_state_dict(dict(state.weights))
         self._optimizer.load_state_dict(dict(state.optimizer))
         self.step, self.best, self._seconds = state.step, state.best, state.seconds
+        self._score_due = state.score_due
 
 
 class _Losses(nn.Module):

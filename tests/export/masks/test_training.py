@@ -12,7 +12,7 @@ from fpn_engine.errors import AnnotationError, CheckpointError, NonFiniteError
 from fpn_engine.masks.ground_truth import load_segments
 from fpn_engine.masks.regions import Regions
 from fpn_engine.results import coco_results
-from fpn_export.masks.batches import MaskBatch, MaskObjects, find_boxes, make_mask_loader
+from fpn_export.masks.batches import MaskBatch, MaskObjects, find_boxes, load_mask_batches
 from fpn_export.masks.checkpoint import load_mask_model
 from fpn_export.masks.examples import AnnotatedSegments, SceneExamples
 from fpn_export.masks.step import compute_mask_losses, cut_masks
@@ -39,7 +39,7 @@ def make_job(folder, steps=4, **changes):
 
 
 def make_batch(seed=2, n=2):
-    loader = make_mask_loader(SceneExamples(seed, n, SIZE), tiny_spec(), make_recipe(1, n, flip=0.0))
+    loader = load_mask_batches(SceneExamples(seed, n, SIZE), tiny_spec(), make_recipe(1, n, flip=0.0))
     return next(iter(loader))
 
 
@@ -64,7 +64,7 @@ def test_batches_keep_masks_and_pictures_together():
     """Flipped or not, what is under a mask is the same; boxes are those of the masks in the resized picture."""
     spec = dataclasses.replace(tiny_spec(), image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
     for flip in (0.0, 1.0):
-        loader = make_mask_loader(SceneExamples(2, 1, SIZE), spec, make_recipe(1, 1, flip=flip))
+        loader = load_mask_batches(SceneExamples(2, 1, SIZE), spec, make_recipe(1, 1, flip=flip))
         batch = next(iter(loader))
         pixels, masks = SceneExamples(2, 1, SIZE)[0]
         expected = torch.from_numpy(pixels).permute(2, 0, 1) / 255

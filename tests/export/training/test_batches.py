@@ -11,7 +11,7 @@ import torch
 
 from fpn_engine.resizing import resized_size
 from fpn_export.training.augmentation import augment
-from fpn_export.training.batches import BatchOrder, make_loader
+from fpn_export.training.batches import BatchOrder, load_batches
 from fpn_export.training.examples import Example
 from fpn_export.training.randomness import AUGMENTATION, random_state
 from fpn_export.training.recipe import Recipe
@@ -90,7 +90,7 @@ def test_scale_and_brightness_stay_in_their_range() -> None:
 
 def test_batches_are_preprocessed_as_for_inference_and_boxes_scaled_with_them() -> None:
     squares, spec = Squares(3, 8), tiny_spec(min_size=64, max_size=64)
-    batch = next(iter(make_loader(squares, spec, Recipe(steps=1, batch_size=4, flip=0.0))))
+    batch = next(iter(load_batches(squares, spec, Recipe(steps=1, batch_size=4, flip=0.0))))
     places = next(iter(BatchOrder(squares.shapes, Recipe(steps=1, batch_size=4))))
     size = resized_size(96, 96, 64, 64)
     assert batch.images.shape == (4, 3, 64, 64)
@@ -102,7 +102,7 @@ def test_batches_are_preprocessed_as_for_inference_and_boxes_scaled_with_them() 
 
 def test_readers_in_other_processes_read_the_same() -> None:
     squares, recipe = Squares(3, 8), Recipe(steps=3, batch_size=2, scales=(0.8, 1.2), brightness=0.1)
-    here, elsewhere = (list(make_loader(squares, tiny_spec(), recipe, workers=workers)) for workers in (0, 2))
+    here, elsewhere = (list(load_batches(squares, tiny_spec(), recipe, workers=workers)) for workers in (0, 2))
     assert len(here) == len(elsewhere) == 3
     for a, b in zip(here, elsewhere, strict=True):
         assert torch.equal(a.images, b.images)
