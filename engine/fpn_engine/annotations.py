@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from fpn_engine.errors import AnnotationError
 from fpn_engine.ground_truth import AnnotatedImage, Annotation, CocoGroundTruth
 from fpn_engine.spec import Category
+from fpn_engine.spec_json import finite_number, whole_number
 from fpn_engine.voc import find_voc_images, is_voc, load_voc
 
 
@@ -89,25 +89,33 @@ def _entries(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _parse_image(entry: Mapping[str, Any]) -> AnnotatedImage:
-    height, width = int(entry["height"]), int(entry["width"])
-    return AnnotatedImage(id=int(entry["id"]), file_name=str(entry["file_name"]), height=height, width=width)
+    name = entry["file_name"]
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no file name")
+    height, width = _whole(entry["height"]), _whole(entry["width"])
+    return AnnotatedImage(id=_whole(entry["id"]), file_name=name, height=height, width=width)
 
 
 def _parse_category(entry: Mapping[str, Any]) -> Category:
-    return Category(id=int(entry["id"]), name=str(entry["name"]))
+    return Category(id=_whole(entry["id"]), name=str(entry["name"]))
 
 
 def _parse_annotation(entry: Mapping[str, Any]) -> Annotation:
-    x, y, width, height = (float(value) for value in entry["bbox"])
-    if not all(map(math.isfinite, (x, y, width, height))) or width < 0 or height < 0:
+    x, y, width, height = map(finite_number, entry["bbox"])
+    if width < 0 or height < 0:
         raise ValueError(f"{entry['bbox']} is no box x, y, width, height")
     return Annotation(
-        image_id=int(entry["image_id"]),
-        category_id=int(entry["category_id"]),
+        image_id=_whole(entry["image_id"]),
+        category_id=_whole(entry["category_id"]),
         bbox=(x, y, width, height),
-        area=float(entry.get("area", width * height)),
+        area=finite_number(entry.get("area", width * height)),
         iscrowd=bool(entry.get("iscrowd", 0)),
     )
+
+
+def _whole(value: Any) -> int:
+    """Ids may be text of digits, as some data sets have them."""
+    return int(value) if isinstance(value, str) else whole_number(value)
 
 
 def _distinct(what: str, values: Sequence[Any]) -> set[Any]:

@@ -75,8 +75,10 @@ class Detections:
         return [trace_polygons(decode_masks([one], self.image_size)[0]) for one in self.run_lengths]
 
     def filter(self, *, min_score: float = 0.0, classes: Collection[str | int] | None = None) -> Self:
-        """Only those with score >= ``min_score`` and a class among ``classes`` (names or category ids)."""
+        """Only those with score >= ``min_score`` and a class among ``classes`` (names or category ids, or one name)."""
         keep = self.scores >= min_score
+        if isinstance(classes, str):
+            classes = [classes]
         if classes is not None:
             wanted = [c.name in classes or c.id in classes for c in self.categories]
             keep = keep & np.array([False, *wanted])[self.labels]

@@ -18,7 +18,7 @@ from fpn_engine.detections import Detections
 from fpn_engine.errors import DeviceMemoryError, FpnEngineError, ImageError, OptionError, ProposalError
 from fpn_engine.images import to_array
 from fpn_engine.light import is_light
-from fpn_engine.load_options import LoadOptions, decodes_on_gpu
+from fpn_engine.load_options import LoadOptions, check_options, decodes_on_gpu
 from fpn_engine.masks.spec import AnySpec, MaskSpec
 from fpn_engine.plan import Plan, read_plan
 from fpn_engine.proposals import Boxes, ProposalBoxes, as_boxes
@@ -85,8 +85,10 @@ class Engine:
         """Make a plan ready.
 
         Raises: PlanError if it was built for something else than what is here, BackendError for a device that is not
-            here or a decoder that is not, OptionError for streams, buckets or decoding that it has not.
+            here or a decoder that is not, OptionError for streams, buckets or decoding that it has not, or a value of
+            the wrong kind.
         """
+        check_options(options)
         threads, streams = options.get("threads"), options.get("streams", 1)
         on_gpu = decodes_on_gpu(options, plan.manifest)
         if is_light(plan.manifest, options.get("images"), options.get("device"), streams):
@@ -139,11 +141,13 @@ class Engine:
         Args:
             sizes: (h, w) of the images to come, before resizing. batches: how many at once; None takes batch_size.
             thresholds: those of the calls to come; None takes the spec's.
-        Raises: OptionError for a batch above batch_size.
+        Raises: OptionError for a batch above batch_size or a size without pixels.
         """
         spec, thresholds = self.spec, thresholds or Thresholds.of(self.spec)
         found: dict[tuple[int, Size], tuple[Size, Batch]] = {}
         for shape in sizes:
+            if min(shape) < 1:
+                raise OptionError(f"sizes must be of pixels from 1 on, not {tuple(shape)}")
             for number in batches or [self.batch_size]:
                 if not 1 <= number <= self.batch_size:
                     raise OptionError(f"batches must be from 1 to batch_size, {self.batch_size}, not {number}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fpn_engine.errors import FpnEngineError
@@ -33,6 +33,16 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from None
+
+
+def refuse_replacing(path: Path | None, option: str, inputs: Iterable[Path | None]) -> None:
+    """Keep what a command reads from what it writes. Raises FpnEngineError if ``path`` is one of ``inputs``."""
+    if path is None or not os.path.exists(path):
+        return
+    target = os.path.realpath(path)
+    for source in inputs:
+        if source is not None and os.path.realpath(source) == target:
+            raise FpnEngineError(f"{option} {path} would replace {source}, which is read; give another name")
 
 
 def unwritable(path: Path, error: OSError) -> FpnEngineError:

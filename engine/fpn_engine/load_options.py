@@ -35,6 +35,20 @@ class LoadOptions(TypedDict, total=False):
     decode: Literal["cpu", "gpu"]
 
 
+def check_options(options: LoadOptions) -> None:
+    """Raises: TypeError for an option that there is not, as a call does; OptionError for a value of the wrong kind."""
+    if unknown := sorted(set(options) - set(LoadOptions.__annotations__)):
+        known = ", ".join(LoadOptions.__annotations__)
+        raise TypeError(f"a plan is not loaded with {unknown[0]!r}; there are {known}")
+    for name in ("batch_size", "threads", "streams"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise OptionError(f"{name} must be a whole number from 1 on, not {value!r}")
+    device = options.get("device")
+    if device is not None and not isinstance(device, str):
+        raise OptionError(f"device must be a name such as 'cpu' or 'cuda:1', not {device!r}")
+
+
 def decodes_on_gpu(options: LoadOptions, manifest: Manifest) -> bool:
     """Whether JPEG files should be. Raises: OptionError for another word, or a plan that does not run on a GPU."""
     decode = options.get("decode", "cpu")

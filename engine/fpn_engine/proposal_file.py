@@ -21,6 +21,7 @@ from fpn_engine.detections import shortest_floats
 from fpn_engine.errors import ProposalError
 from fpn_engine.files import replacing
 from fpn_engine.proposals import ProposalBoxes, ProposedImage, as_boxes
+from fpn_engine.spec_json import finite_number
 
 SUFFIXES = (".json", ".npz")
 ARRAYS = ("file_names", "image_ids", "counts", "boxes", "scores")
@@ -76,8 +77,9 @@ def _read_json(path: Path) -> list[ProposedImage]:
         raise ValueError("it is no list of objects")
     found: dict[_Key, list[tuple[float, ...]]] = {_Key(name, image_id): [] for image_id, name in names.items()}
     for entry in data:
-        x, y, width, height = entry["bbox"]
-        found.setdefault(_key_of(entry, names), []).append((x, y, x + width, y + height, entry.get("score", 1.0)))
+        x, y, width, height = map(finite_number, entry["bbox"])
+        score = finite_number(entry.get("score", 1.0))
+        found.setdefault(_key_of(entry, names), []).append((x, y, x + width, y + height, score))
     return [_make_image(key, np.array(rows, dtype=np.float32).reshape(-1, 5)) for key, rows in found.items()]
 
 
@@ -89,6 +91,9 @@ def _key_of(entry: Mapping[str, Any], names: Mapping[Any, str]) -> _Key:
 
 
 def _read_npz(path: Path) -> list[ProposedImage]:
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and say how to load that
+        path.stat()
+        raise ValueError("it is no .npz archive, or a damaged one")
     with np.load(path, allow_pickle=False) as archive:
         names, ids, counts, boxes, scores = (archive[name] for name in ARRAYS)
     fit = len(names) == len(ids) == len(counts) and len(boxes) == len(scores) == counts.sum()

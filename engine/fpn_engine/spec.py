@@ -20,6 +20,7 @@ POOLINGS = ("align", "max")
 FINEST_STAGE, COARSEST_STAGE = 2, 5  # c2 and c5; p6 and p7 have no stage of their own
 CHANNEL_ORDERS = ("rgb", "bgr")
 LEVELS = (2, 3, 4, 5, 6, 7)
+MAX_DETECTIONS = 100_000  # of an image: a thousand proposals of a hundred classes
 _POSITIVE = (
     "body_width",
     "fpn_channels",
@@ -124,6 +125,7 @@ class ModelSpec(JsonSpec):
         for name, ok, allowed in (
             ("categories", len(ids) >= 1, "at least one category"),
             ("categories", len(set(ids)) == len(ids), "categories of distinct ids"),
+            ("categories", max(map(abs, ids), default=0) < 2**31, "categories of ids of 32 bits"),
             ("categories", self.model != "rpn" or len(ids) == 1, "one category, the object, for an rpn"),
             ("min_size", self.min_size <= self.max_size, f"at most max_size ({self.max_size})"),
             ("size_divisor", self.size_divisor == 32, "32, the stride of C5"),
@@ -136,6 +138,7 @@ class ModelSpec(JsonSpec):
             ("anchor_sizes", len(self.anchor_sizes) == len(self.levels), f"one tuple for each of {self.levels}"),
             ("anchor_sizes", len({len(sizes) for sizes in self.anchor_sizes}) == 1, "equally many on every level"),
             ("anchor_sizes", min(sides, default=0) > 0, "positive pixels"),
+            ("box_detections_per_img", self.box_detections_per_img <= MAX_DETECTIONS, f"at most {MAX_DETECTIONS}"),
             ("aspect_ratios", min(self.aspect_ratios, default=0) > 0, "positive, and at least one"),
             (
                 "bbox_reg_weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
@@ -36,8 +37,10 @@ class Thresholds:
         for name in ("box_score_thresh", "box_nms_thresh"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        if self.box_detections_per_img < 1:
-            raise ValueError(f"box_detections_per_img must be at least 1, not {self.box_detections_per_img}")
+        if not isinstance(self.box_detections_per_img, Integral) or self.box_detections_per_img < 1:
+            raise ValueError(
+                f"box_detections_per_img must be at least 1 and a whole number, not {self.box_detections_per_img}"
+            )
 
     @classmethod
     def of(cls, spec: AnySpec) -> Self:
@@ -48,7 +51,7 @@ class Thresholds:
         return cls(box_score_thresh=score, box_nms_thresh=nms, box_detections_per_img=spec.box_detections_per_img)
 
     def override(self, **changes: Any) -> Self:
-        """A copy with those of ``changes`` that are not None."""
+        """A copy with those of ``changes`` that are not None. Raises ValueError as the fields do."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 

@@ -124,14 +124,15 @@ def _list_files(root: Path) -> list[Path]:
 
 
 def _read_list(path: Path, images: Mapping[str, _Image]) -> list[str]:
-    """The first word of each line; lists of one class have a second, whether it is in the image."""
+    """The name on each line, or its first word: lists of one class have a second, whether it is in the image."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise AnnotationError(f"cannot read the list {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise AnnotationError(f"{path} is not a list of image names, one a line") from None
-    names = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+    lines = [line.strip() for line in lines if line.strip()]
+    names = list(dict.fromkeys(line if line in images else line.split()[0] for line in lines))
     if not names:
         raise AnnotationError(f"the list {path} is empty")
     for name in names:

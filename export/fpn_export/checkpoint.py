@@ -127,7 +127,7 @@ def _find_sidecar(path: Path, spec_path: str | Path | None) -> Sidecar | None:
 
 
 def _check_digest(file: CheckpointFile, sidecar: Sidecar | None) -> None:
-    if sidecar and sidecar.sha256 is not None and sidecar.sha256 != file.sha256:
+    if sidecar and sidecar.sha256 is not None and str(sidecar.sha256).lower() != file.sha256:
         raise CheckpointError(
             f"{file.path} is not the file that {sidecar.path} describes: its sha256 is {file.sha256}, not "
             f"{sidecar.sha256}; copy the checkpoint again or correct about.sha256"

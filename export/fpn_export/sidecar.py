@@ -30,10 +30,10 @@ def read_sidecar(path: Path) -> Sidecar:
     Raises: CheckpointError if the file cannot be read, is not such JSON or has other keys beside ``spec``.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")

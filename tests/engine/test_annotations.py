@@ -39,6 +39,12 @@ def test_a_byte_order_mark_and_no_annotations_are_fine(tmp_path: Path) -> None:
     assert load_annotations(path).annotations == ()
 
 
+def test_ids_may_be_text_of_digits(tmp_path: Path) -> None:
+    data = copy.deepcopy(DATA)
+    data["annotations"][0]["image_id"] = "3"
+    assert load(tmp_path, data) == load(tmp_path, DATA)
+
+
 def change(*keys: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     def apply(data: dict[str, Any]) -> None:
         *path, last = keys
@@ -66,7 +72,11 @@ def change(*keys: str | int, to: object) -> Callable[[dict[str, Any]], None]:
         (change("annotations", 0, to={"image_id": 3, "category_id": 1}), "an entry has no 'bbox'"),
         (change("annotations", 0, "bbox", to=[1, 2, 3]), "wrong form"),
         (change("annotations", 0, "bbox", to=[1, 2, -3, 4]), "no box x, y, width, height"),
-        (change("annotations", 0, "bbox", to=[1, 2, float("nan"), 4]), "no box x, y, width, height"),
+        (change("annotations", 0, "bbox", to=[1, 2, float("nan"), 4]), "nan is not a finite number"),
+        (change("annotations", 0, "bbox", to="1234"), "'1' is not a finite number"),
+        (change("annotations", 0, "area", to=float("nan")), "nan is not a finite number"),
+        (change("annotations", 0, "image_id", to=3.5), "3.5 is not a whole number"),
+        (change("images", 0, "file_name", to=None), "None is no file name"),
     ],
 )
 def test_what_is_not_coco_is_refused(tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str) -> None:

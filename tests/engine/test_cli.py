@@ -158,6 +158,10 @@ def test_info(tiny: Tiny, run: Run) -> None:
 def test_info_knows_a_plan_by_its_contents(tiny: Tiny, workplace: Path, run: Run) -> None:
     (workplace / "renamed").symlink_to(tiny.plan)
     assert run("info", "renamed").out.startswith("plan")
+    (workplace / "bogus.bin").write_bytes(b"junk" * 9 + b"PK\x05\x06" + b"\x01" * 18)  # ends like an archive
+    done = run("info", "bogus.bin")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "is no checkpoint" in done.err
 
 
 def test_the_whole_line_in_processes_of_its_own(dataset: Path, tiny: Tiny, workplace: Path) -> None:

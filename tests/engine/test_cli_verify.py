@@ -158,3 +158,10 @@ def test_providers_on_the_command_line(tiny: Tiny, workplace: Path, run: Run) ->
     save_picture(workplace / "a.png")
     ran = run("infer", "a.png", "--plan", "model.plan")
     assert "PyTorch finds no CUDA device here" in ran.err or ran.code == 0
+
+
+def test_options_of_a_checkpoint_go_with_one(tiny: Tiny, images: Path, run: Run) -> None:
+    for options in (("--classes", "a,b,c"), ("--min-size", 100)):
+        done = run("verify", tiny.model, tiny.plan, "--images", images, *options)
+        assert done.code == 2
+        assert "is of a checkpoint, which neither is" in " ".join(done.err.replace("│", "").split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fpn_engine.detections import Detections
 from fpn_engine.engine import Engine
-from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, PlanError
+from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError, OptionError, PlanError
 from fpn_engine.plan import read_plan
 from tests.engine.conftest import SPEC, Pixels, Tiny, make_picture, save_picture
 
@@ -206,6 +207,43 @@ def test_loading(tiny: Tiny, tmp_path: Path) -> None:
         Engine.load(tmp_path / "missing.plan")
     with pytest.raises(PlanError, match="is not a plan or is damaged"):
         Engine.load(tiny.model)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(OptionError, match="batch_size must be a whole number from 1 on, not 0"):
         Engine.load(tiny.plan, batch_size=0)
     assert issubclass(PlanError, FpnEngineError)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batchsize": 4}, TypeError, "not loaded with 'batchsize'; there are batch_size, threads"),
+        ({"batch_size": 2.5}, OptionError, "batch_size must be a whole number from 1 on, not 2.5"),
+        ({"threads": 0}, OptionError, "threads must be a whole number from 1 on, not 0"),
+        ({"threads": "a"}, OptionError, "threads must be .* not 'a'"),
+        ({"streams": True}, OptionError, "streams must be .* not True"),
+        ({"device": 0}, OptionError, "device must be a name such as 'cpu' or 'cuda:1', not 0"),
+        ({"device": torch.device("cpu")}, OptionError, "device must be a name"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any], error: type[Exception], words: str, tiny: Tiny) -> None:
+    with pytest.raises(error, match=words):
+        Engine.load(tiny.plan, **options)
+
+
+def test_arguments_that_are_none(engine: Engine, pictures: list[Pixels]) -> None:
+    with pytest.raises(OptionError, match=r"sizes must be of pixels from 1 on, not \(0, 640\)"):
+        engine.warmup([(0, 640)])
+    with pytest.raises(ValueError, match=r"must be at least 1 and a whole number, not 2\.5"):
+        engine(pictures[0], max_detections=2.5)  # type: ignore[arg-type]
+
+
+def test_one_class_by_its_name(engine: Engine, pictures: list[Pixels]) -> None:
+    (found,) = engine(pictures[0])
+    assert found.filter(classes="dog").to_dict() == found.filter(classes=["dog"]).to_dict()
+    assert 0 < len(found.filter(classes="dog")) < len(found)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_of_a_pillow_image_is_read_only(engine: Engine, pictures: list[Pixels]) -> None:
+    array = np.asarray(Image.fromarray(pictures[0]))
+    assert not array.flags.writeable
+    assert engine(array)[0].to_dict() == engine(pictures[0])[0].to_dict()

@@ -134,12 +134,13 @@ def test_an_image_that_is_not_in_the_file(ids: dict[str, int] | None) -> None:
         ("p.json", '[{"image_id": 1, "score": 1}]', "have no 'bbox'"),
         ("p.json", '[{"image_id": 1, "bbox": [0, 0, 1]}]', "not enough values"),
         ("p.json", '[{"image_id": 1, "bbox": [0, 0, "a", 1]}]', "are not of the right form"),
-        ("p.json", '[{"image_id": 1, "bbox": [0, 0, 1, 1], "score": null}]', "a score is not a finite number"),
+        ("p.json", '[{"image_id": 1, "bbox": [0, 0, 1, 1], "score": null}]', "None is not a finite number"),
+        ("p.json", '[{"image_id": 1, "bbox": ["10", "20", "9", "9"]}]', "'10' is not a finite number"),
         ("p.json", '[{"image_id": 1, "bbox": [0, 0, -1, 1]}]', "x1 <= x2"),
-        ("p.json", '[{"image_id": 1, "bbox": [0, 0, NaN, 1]}]', "finite boxes"),
+        ("p.json", '[{"image_id": 1, "bbox": [0, 0, NaN, 1]}]', "nan is not a finite number"),
         ("p.json", '[{"image_id": [1], "bbox": [0, 0, 1, 1]}]', "are not of the right form"),
         ("p.npz", "", "are not of the right form"),
-        ("p.npz", "no archive", "are not of the right form"),
+        ("p.npz", "no archive", "are not of the right form: it is no .npz archive"),
     ],
 )
 def test_files_that_are_none(name: str, content: str | None, words: str, tmp_path: Path) -> None:

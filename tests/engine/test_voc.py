@@ -184,6 +184,13 @@ def test_lists_and_folders_that_are_none(voc: Path, tmp_path: Path) -> None:
         load_annotations(tmp_path / "nothing")
 
 
+def test_names_may_have_spaces(voc: Path) -> None:
+    write_xml(voc / "Annotations", "b c", write_object("cat", (1, 1, 5, 5)))
+    path = voc / "ImageSets" / "Main" / "spaces.txt"
+    path.write_text("b c\n000007  1\n")
+    assert [image.file_name for image in load_annotations(path).images] == ["b c.jpg", "000007.jpg"]
+
+
 def test_eval_with_a_voc_folder(workplace: Path, tiny: Tiny, run: Run) -> None:
     folder = workplace / "VOC"
     for number, name in enumerate(["cat", "zebra"]):

@@ -194,7 +194,9 @@ def test_one_flipped_bit_is_found_by_the_digest(state: State, tmp_path: Path) ->
     path = tmp_path / "net.pth"
     torch.save(state, path)
     digest = load_checkpoint(path).sha256
-    (tmp_path / "net.json").write_text(json.dumps({"spec": {}, "about": {"sha256": digest}}))
+    (tmp_path / "net.json").write_text(json.dumps({"spec": {}, "about": {"sha256": digest.upper()}}))
+    load_checkpoint(path)
+    (tmp_path / "net.json").write_text(json.dumps({"spec": {}, "about": {"sha256": digest}}), encoding="utf-8-sig")
     load_checkpoint(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -202,6 +204,12 @@ def test_one_flipped_bit_is_found_by_the_digest(state: State, tmp_path: Path) ->
     message = refuse(path)
     assert "net.json" in message
     assert digest in message
+
+
+def test_a_bottomless_description(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "net.pth")
+    (tmp_path / "net.json").write_text("[" * 100_000)
+    assert "net.json is not valid JSON" in refuse(tmp_path / "net.pth")
 
 
 def test_published_name_with_other_contents(state: State, tmp_path: Path) -> None:

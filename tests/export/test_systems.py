@@ -121,6 +121,8 @@ def test_truth_values_are_not_numbers() -> None:
         ({"levels": [2.9, 3, 4, 5, 6]}, "levels .* 2.9 is not a whole number"),
         ({"categories": [{"id": 1.7, "name": "a"}]}, "categories .* 1.7 is not a whole number"),
         ({"categories": ["ab"]}, "categories .* 'a'"),
+        ({"categories": [{"id": 2**31, "name": "a"}]}, "categories must be categories of ids of 32 bits"),
+        ({"box_detections_per_img": 100_001}, "box_detections_per_img must be at most 100000"),
         ({"image_mean": [True, 0, 0]}, "image_mean .* True is not a finite number"),
         ({"rpn_nms_thresh": "0.7"}, "rpn_nms_thresh .* '0.7' is not a finite number"),
         ({"bbox_reg_weights": [0, 10, 5, 5]}, "bbox_reg_weights must be four positive numbers"),

@@ -15,6 +15,7 @@ from fpn_engine.cli.console import emit, note, show
 from fpn_engine.cli.options import BatchOption, DeviceOption, ModelOption, ThreadsOption
 from fpn_engine.cli.plans import choose_plan
 from fpn_engine.errors import FpnEngineError
+from fpn_engine.files import refuse_replacing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,6 +71,7 @@ def bench(
     from fpn_engine.provenance import describe_machine
 
     path = choose_plan(plan, model, default=BUNDLED)
+    refuse_replacing(trace, "--trace", [path])
     loaded = read_plan(path)
     if not loaded.manifest.spec.has_rpn:
         raise FpnEngineError("a Fast R-CNN detects among given proposals, which bench has none of; time another plan")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -128,7 +130,7 @@ def build(
 
     A plan that is up to date is left as it is. An interrupted build leaves the old plan or none.
     """
-    from fpn_engine.discovery import remember_plan
+    from fpn_engine.discovery import find_plan, remember_plan
     from fpn_engine.plan import read_plan
 
     start = time.perf_counter()
@@ -171,7 +173,9 @@ def build(
             _compare(onnx or checkpoint_of_model(str(model)), path, images)
     else:
         note(f"{path} is up to date ({size})")
-    note("next: fpn-engine infer image.jpg")
+    found = find_plan(None)
+    is_found = found and os.path.realpath(found.path) == os.path.realpath(path)
+    note(f"next: fpn-engine infer image.jpg{'' if is_found else f' --plan {shlex.quote(str(path))}'}")
 
 
 def _compare(model: Path, plan: Path, images: Path | None) -> None:

@@ -25,6 +25,7 @@ from fpn_engine.cli.options import (
 from fpn_engine.cli.plans import choose_plan
 from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.errors import FpnEngineError
+from fpn_engine.files import refuse_replacing
 
 if TYPE_CHECKING:
     from fpn_engine.annotations import CocoGroundTruth
@@ -67,6 +68,7 @@ def evaluate(
 
     if save_proposals:
         check_suffix(save_proposals)
+        refuse_replacing(save_proposals, "--save-proposals", [annotations, proposals])
     truth = load_annotations(annotations)
     files = find_files(truth, images or find_images(annotations))
     engine = Engine.load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -64,4 +65,4 @@ def export(
         f"{found.describe_results()}, {found.min_size}/{found.max_size} pixels, "
         f"{target.stat().st_size / 1e6:.1f} MB"
     )
-    note(f"next: fpn-engine build {target}")
+    note(f"next: fpn-engine build {shlex.quote(str(target))}")

@@ -26,7 +26,8 @@ from fpn_engine.cli.plans import choose_plan
 from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.cli.report import Format, Report, open_report
 from fpn_engine.errors import AnnotationError, FpnEngineError
-from fpn_engine.files import unwritable
+from fpn_engine.files import refuse_replacing, unwritable
+from fpn_engine.spec import MAX_DETECTIONS
 
 if TYPE_CHECKING:
     from fpn_engine.detections import Detections
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 SOME_FAILED, ALL_FAILED = 3, 4
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SHOWN_SCORE = 0.5  # lowest score in tables and pictures unless --score says otherwise
-MAX_DETECTIONS = 100_000  # a thousand proposals of a hundred classes
 
 
 def infer(
@@ -109,8 +109,10 @@ def infer(
         paths = _unfinished(paths, output)
         if not paths:
             return
+    plan_path = choose_plan(plan, model, default=BUNDLED)
+    refuse_replacing(output, "--output", [plan_path, annotations, proposals, *paths])
     engine = Engine.load(
-        choose_plan(plan, model, default=BUNDLED),
+        plan_path,
         batch_size=batch,
         threads=threads,
         device=device,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
-import os
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fpn_engine.cli.console import emit, refuse_folder, show
-from fpn_engine.errors import FpnEngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,29 +40,13 @@ def info(
 
 def _describe(path: Path) -> dict[str, Any]:
     refuse_folder(path)
-    if path.suffix == ".onnx":
-        return _describe_onnx(path)
-    if path.suffix == ".plan" or _is_plan(path):
-        return _describe_plan(path)
     from fpn_export.any_model import describe_any
-    from fpn_export.checkpoint_file import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+    from fpn_export.file_kind import FileKind, find_kind
 
-    if path.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
-        return describe_any(path)
-    if not os.path.exists(path):
-        raise FpnEngineError(f"there is no file {path}")
-    raise FpnEngineError(
-        f"{path} is no checkpoint (.pth, .pt, .safetensors), ONNX file (.onnx) or plan by its name or contents"
-    )
-
-
-def _is_plan(path: Path) -> bool:
-    from fpn_engine.plan import MANIFEST
-
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return MANIFEST in archive.namelist()
+    kind = find_kind(path)
+    if kind is FileKind.ONNX:
+        return _describe_onnx(path)
+    return _describe_plan(path) if kind is FileKind.PLAN else describe_any(path)
 
 
 def _describe_plan(path: Path) -> dict[str, Any]:

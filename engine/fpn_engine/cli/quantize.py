@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +14,7 @@ import typer
 
 from fpn_engine.cli.console import note, refuse_folder, steps
 from fpn_engine.errors import FpnEngineError
+from fpn_engine.files import refuse_replacing
 
 if TYPE_CHECKING:
     from fpn_engine.annotations import CocoGroundTruth
@@ -80,8 +83,13 @@ def quantize(
     """
     target = output or onnx.with_suffix(f".{precision}.onnx")
     refuse_folder(onnx)
-    if os.path.realpath(target) == os.path.realpath(onnx):
-        raise FpnEngineError(f"the quantised model would replace {onnx}; give another name with -o")
+    if target.suffix.lower() != ".onnx":
+        raise FpnEngineError(f"the quantised model is an ONNX file; give a name that ends in .onnx, not {target}")
+    refuse_replacing(target, "--output", [onnx])
+    data, page, chart = (target.with_suffix(suffix) for suffix in (".json", ".md", ".svg"))
+    for path in (data, page, chart):
+        if os.path.exists(path) and not _is_report(data):
+            raise FpnEngineError(f"the report would replace {path}, which is another file's; give another name with -o")
 
     from onnx import save
 
@@ -107,21 +115,25 @@ def quantize(
         made, report = quantize_model(model, spec, paths, options, truth=truth, begin=_counting(step), on_note=note)
         step("write")
         save(made, str(temporary))
-    chart = target.with_suffix(".svg")
-    pages = {
-        target.with_suffix(".json"): report.to_json(),
-        target.with_suffix(".md"): report.to_markdown(target.name, chart.name),
-        chart: draw(report),
-    }
+    pages = {data: report.to_json(), page: report.to_markdown(target.name, chart.name), chart: draw(report)}
     for path, text in pages.items():
         with replacing(path) as temporary:
             temporary.write_text(text)
     note(f"{target}: {report.summary()}, {target.stat().st_size / 1e6:.1f} MB of {onnx.stat().st_size / 1e6:.1f}")
     for row in report.float_layers:
         note(f"in float32: {row.name}, {row.why_float}")
-    note(f"report: {target.with_suffix('.md')}")
+    note(f"report: {page}")
     options_of_build = "" if precision is EightBits.int8 else " --backend tensorrt --precision fp8"
-    note(f"next: fpn-engine build {target}{options_of_build}")
+    note(f"next: fpn-engine build {shlex.quote(str(target))}{options_of_build}")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether an earlier run wrote it."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"calibrated_on", "layers"} <= values.keys()
 
 
 def _find_images(spec: ModelSpec, folder: Path, annotations: Path | None) -> tuple[list[Path], CocoGroundTruth | None]:

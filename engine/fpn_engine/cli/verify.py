@@ -69,13 +69,17 @@ def verify(
     within 0.02. Exit code 0: they agree within what their precision explains; 5: they do not.
     """
     from fpn_engine.annotations import load_annotations
+    from fpn_export.file_kind import FileKind, find_kind
     from fpn_export.verification import OpenOptions, compare, open_subject
     from fpn_export.verification.report import make_tables, to_dict
 
     truth = load_annotations(annotations) if annotations else None
     files = _choose(images, truth, limit)
+    overrides = gather_overrides(classes, min_size, max_size, score, nms, set_)
+    if (overrides or spec) and not any(find_kind(path) is FileKind.CHECKPOINT for path in (a, b)):
+        raise typer.BadParameter("is of a checkpoint, which neither is", param_hint="--spec, --classes, ... --set")
     options = OpenOptions(
-        spec_overrides=gather_overrides(classes, min_size, max_size, score, nms, set_),
+        spec_overrides=overrides,
         spec_path=spec,
         cut=cut,
         device=device,

@@ -26,7 +26,7 @@ class EagerRunner:
 
     def submit(self, group: Group, task: Task) -> Ready:
         device = self._pipeline.device
-        images = [image if isinstance(image, torch.Tensor) else torch.from_numpy(image) for image in group.images]
+        images = [image if isinstance(image, torch.Tensor) else _wrap(image) for image in group.images]
         if any(isinstance(image, torch.Tensor) for image in group.images):
             images = [image.to(device) for image in images]
         packed = pack_images(images)
@@ -42,6 +42,11 @@ class EagerRunner:
 
     def warm(self, group: Group, task: Task) -> None:
         self.submit(group, task)
+
+
+def _wrap(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """The same memory; a copy of what is read-only, as arrays of Pillow's images are: torch warns of those."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
 def pad_boxes(given: Sequence[NDArray[np.float32]], device: torch.device) -> Proposals:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,12 @@ from fpn_engine.backends import BoxHead, Trunk, TrunkOutput
 from fpn_engine.backends.loading import load_parts
 from fpn_engine.backends.ort import OrtHead, OrtTrunk
 from fpn_engine.devices import choose_device
-from fpn_engine.errors import CheckpointError, FpnEngineError, ModelError
-from fpn_engine.plan import MANIFEST, Plan, read_plan
+from fpn_engine.errors import FpnEngineError, ModelError
+from fpn_engine.plan import Plan, read_plan
 from fpn_engine.spec import ModelSpec
 from fpn_export.checkpoint import load_checkpoint
-from fpn_export.checkpoint_file import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 from fpn_export.detector import FpnDetector
+from fpn_export.file_kind import FileKind, find_kind
 from fpn_export.onnx_cut import cut_head, cut_trunk
 from fpn_export.onnx_file import read_onnx
 from fpn_export.tensorrt.quantized_graph import quantized_precision
@@ -55,17 +54,12 @@ def open_subject(path: Path, options: OpenOptions | None = None) -> Subject:
     options = options or OpenOptions()
     if os.path.exists(path) and not os.path.isfile(path):
         raise FpnEngineError(f"{path} is not a file")
-    if path.suffix == ".onnx":
+    kind = find_kind(path)
+    if kind is FileKind.ONNX:
         return _open_onnx(path, options)
-    if path.suffix == ".plan" or _is_plan(path):
+    if kind is FileKind.PLAN:
         return open_plan(path.name, read_plan(path), device=options.device, threads=options.threads)
-    if path.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
-        return _open_checkpoint(path, options)
-    if not os.path.exists(path):
-        raise FpnEngineError(f"there is no file {path}")
-    raise CheckpointError(
-        f"{path} is no checkpoint (.pth, .pt, .safetensors), ONNX file (.onnx) or plan by its name or contents"
-    )
+    return _open_checkpoint(path, options)
 
 
 def open_plan(
@@ -146,10 +140,3 @@ def _without_stages(trunk: Trunk) -> RunTrunk:
 
 def _precision_of(model: ModelProto) -> str:
     return quantized_precision(model) or "fp32"
-
-
-def _is_plan(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return MANIFEST in archive.namelist()
