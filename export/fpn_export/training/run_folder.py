@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor
 
 import fpn_engine
 from fpn_engine.errors import CheckpointError
-from fpn_engine.files import replacing
+from fpn_engine.files import replacing, unwritable
 from fpn_engine.masks.spec import read_spec
 from fpn_export.detector import FpnDetector
 from fpn_export.training.recipe import Recipe
 
 FORMAT = 1
+STEP = "step"  # the first column of the logs
 STATE, LOG, SCORES, BEST, LAST = "state.pt", "log.csv", "scores.csv", "best", "last"
 
 
@@ -85,11 +87,12 @@ class RunFolder:
             if values.pop("format") != FORMAT:
                 raise ValueError("another version wrote it")
             state = State(**values)
+            before = _completed(state.settings)
         except Exception as error:  # the unpickler raises whatever damaged bytes make it do
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}); train into another folder or with --restart"
             ) from None
-        changed = _differences(_completed(state.settings), json.loads(json.dumps(settings)))
+        changed = _differences(before, json.loads(json.dumps(settings)))
         if changed:
             raise CheckpointError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed[:3])}); give the same ones to go on, "
@@ -98,23 +101,31 @@ class RunFolder:
         return state
 
     def save_state(self, state: State) -> None:
+        """Raises: FpnEngineError if it cannot be written; the one before remains."""
+        values = {f.name: getattr(state, f.name) for f in dataclasses.fields(State)}
         with replacing(self.path / STATE) as temporary:
-            values = {f.name: getattr(state, f.name) for f in dataclasses.fields(State)}
-            torch.save({"format": FORMAT, **values}, temporary)
+            temporary.write_bytes(_serialized({"format": FORMAT, **values}))
 
     def clear(self) -> None:
         """Forget the run that is here."""
         for name in (STATE, LOG, SCORES, *(f"{m}{s}" for m in (BEST, LAST) for s in (".pth", ".json"))):
-            (self.path / name).unlink(missing_ok=True)
+            path = self.path / name
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise CheckpointError(f"cannot remove {path}: {reason}; give another folder") from None
 
     def save_model(self, name: str, model: FpnDetector, about: Mapping[str, Any]) -> Path:
-        """Write the weights as ``name``.pth, named as torchvision's, and the spec beside them; returns the former."""
+        """Write the weights as ``name``.pth, named as torchvision's, and the spec beside them; returns the former.
+
+        Raises: FpnEngineError if one cannot be written; a file that was there remains.
+        """
         path = self.path / f"{name}.pth"
+        weights = _serialized({key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()})
         with replacing(path) as temporary:
-            weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-            with temporary.open("wb") as file:  # given a path, torch writes its name into the file
-                torch.save(weights, file)
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            temporary.write_bytes(weights)
+        digest = hashlib.sha256(weights).hexdigest()
         trained = {"trained_with": f"fpn-engine {fpn_engine.__version__}", **about, "sha256": digest}
         with replacing(path.with_suffix(".json")) as temporary:
             document = {"spec": model.spec.to_dict(), "about": trained}
@@ -122,24 +133,63 @@ class RunFolder:
         return path
 
     def rewind_log(self, step: int) -> None:
-        """Drop what the logs say about updates after ``step``: they will be done again."""
+        """Drop what the logs say about updates after ``step``, which will be done again, and damaged rows.
+
+        Without its names of columns a log begins anew. Raises: CheckpointError if a log is no file, or cannot be read.
+        """
         for name in (LOG, SCORES):
             path = self.path / name
-            if os.path.exists(path):
-                with path.open(newline="", encoding="utf-8") as file:
-                    header, *rows = list(csv.reader(file)) or [[]]
-                with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([header, *(row for row in rows if row and int(row[0]) <= step)])
+            if not os.path.lexists(path):
+                continue
+            if not os.path.isfile(path):
+                raise CheckpointError(f"{path} is no file, and the log of the run goes there; remove it")
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror or error}; give another folder") from None
+            kept = _good_rows([line.split(",") for line in text.splitlines()], step)
+            if not kept:
+                path.unlink()
+                continue
+            with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(kept)
 
     def log(self, name: str, row: Mapping[str, float]) -> None:
-        """Append a row to a CSV file; its first column is the step."""
+        """Append a row to a CSV file; its first column is the step. Raises: FpnEngineError if it cannot be written."""
         path = self.path / name
         new = not os.path.exists(path)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(row)
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(row)
+                writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+
+def _serialized(values: Mapping[str, Any]) -> memoryview:
+    """What torch.save writes. To a full disk it raises RuntimeError, and it writes the name of a path into the file."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    return buffer.getbuffer()
+
+
+def _good_rows(rows: Sequence[Sequence[str]], step: int) -> list[Sequence[str]]:
+    """The names of the columns and the whole rows up to ``step``; none if the names are damaged."""
+    if not rows or rows[0][0] != STEP or not all(name.isprintable() for name in rows[0]):
+        return []
+    names, *rest = rows
+    return [names, *(row for row in rest if len(row) == len(names) and _is_of(row, step))]
+
+
+def _is_of(row: Sequence[str], step: int) -> bool:
+    """Whether a row has numbers alone, the first a step up to ``step``."""
+    try:
+        [float(value) for value in row]
+        return 1 <= int(row[0]) <= step
+    except ValueError:
+        return False
 
 
 def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
