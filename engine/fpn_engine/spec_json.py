@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
@@ -52,19 +52,19 @@ def parse_spec_json(text: str) -> Any:
         raise SpecError(f"the model specification is not valid JSON: {error}") from None
 
 
-def convert_value(name: str, convert: Any, value: Any) -> Any:
-    """``convert(value)``, whose errors name the field as SpecErrors."""
+def convert_value(name: str, convert: Any, value: Any, whose: str = "the model specification") -> Any:
+    """``convert(value)``, whose errors name the field of ``whose`` as SpecErrors."""
     try:
         return convert(value)
     except SpecError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise SpecError(f"{name} in the model specification has a value of the wrong form: {error}") from None
+        raise SpecError(f"{name} in {whose} has a value of the wrong form: {error}") from None
 
 
 def whole_number(value: Any) -> int:
-    """Raises ValueError for a fraction or a truth value."""
-    if isinstance(value, bool) or int(value) != value:
+    """Raises ValueError for anything else, a fraction, a truth value and a text included."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, float)) or value % 1:  # of infinity that is NaN
         raise ValueError(f"{value!r} is not a whole number")
     return int(value)
 

@@ -75,7 +75,11 @@ def test_a_system_of_the_paper_by_name(data: Path, run: Run, tmp_path: Path) -> 
     ("more", "message"),
     [
         (["--recipe", "learning_rat=1"], "unknown key 'learning_rat' in the recipe"),
-        (["--recipe", "steps=soon"], "the recipe has a value of the wrong form"),
+        (["--recipe", "steps=soon"], "steps in the recipe has a value of the wrong form"),
+        (["--recipe", "freeze_norm=False"], "freeze_norm in the recipe has a value of the wrong form"),
+        (["--recipe", "scales=[1]"], "scales in the recipe has a value of the wrong form: [1] is not two numbers"),
+        (["--recipe", "batch_size=abc"], "batch_size in the recipe has a value of the wrong form"),
+        (["--device", "mps"], "cannot train on mps"),
         (["--set", "body_widht=8"], "unknown key 'body_widht'"),
         (["--system", "retina"], "unknown system 'retina'"),
         (["--init", "nothing.pth"], "nothing.pth does not exist"),
@@ -88,6 +92,25 @@ def test_nonsense_ends_with_a_sentence(data: Path, run: Run, tmp_path: Path, mor
     assert done.code == 1
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("arch", [[], ["--arch", "fpn-masks"]])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--epochs", "inf"], "inf epochs are no finite number of updates"),
+        (["--recipe", "batch_size=abc"], "batch_size in the recipe has a value of the wrong form"),
+        (["--recipe", "steps=2.5"], "steps in the recipe has a value of the wrong form"),
+    ],
+)
+def test_lengths_of_nonsense_end_with_a_sentence(
+    arch: list[str], more: list[str], message: str, run: Run, tmp_path: Path
+) -> None:
+    data = write_coco(tmp_path / "scenes", seed=3, count=2, size=(96, 128))
+    images = str(data.parent / "images")
+    done = run("train", "--annotations", str(data), "--images", images, "-o", str(tmp_path / "run"), *arch, *more)
+    assert done.code == 1
+    assert message in done.err
 
 
 def test_images_to_score_masks_on_are_looked_for_before_training(run: Run, tmp_path: Path) -> None:

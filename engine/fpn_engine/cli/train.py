@@ -142,7 +142,7 @@ def train(
     from fpn_export.training.initial_weights import is_classifier
     from fpn_export.training.job import Job
     from fpn_export.training.job import train as run_job
-    from fpn_export.training.recipe import Recipe
+    from fpn_export.training.recipe import Recipe, count_steps
     from fpn_export.training.trainer import Habits
 
     given_recipe: dict[str, Any] = {
@@ -202,11 +202,9 @@ def train(
     if epochs is None:
         epochs = PAPER_EPOCHS * (2 if arch == "resnet101" else 1)
     with_objects = sum(len({a.image_id for a in truth.annotations if not a.iscrowd}) for truth in truths)
-    recipe = Recipe.from_dict(
-        {"steps": steps or max(1, round(epochs * with_objects / batch))}
-        | given_recipe
-        | assignments(recipe_ or [], "--recipe")
-    )
+    given_recipe |= assignments(recipe_ or [], "--recipe")
+    steps = steps or count_steps(epochs, with_objects, given_recipe["batch_size"])
+    recipe = Recipe.from_dict({"steps": steps} | given_recipe)
     job = Job(
         annotations=annotations,
         images=_find_each(annotations, images),

@@ -34,7 +34,7 @@ def train_masks(
 ) -> None:
     """Train, or take up what was stopped.
 
-    Args: as the options of ``train``; recipe: fields that are given, None for those that are not. habits: a ``Habits``.
+    Args: as the options of ``train``; recipe: fields of it. habits: a ``Habits``.
     Raises: FpnEngineError in one sentence; SystemExit for a run that stopped.
     """
     import hashlib
@@ -46,6 +46,7 @@ def train_masks(
     from fpn_export.masks.training import train_masks as run
     from fpn_export.masks.variants import make_variant
     from fpn_export.training.examples import check_images
+    from fpn_export.training.recipe import count_steps
 
     if len(annotations) != 1:
         raise FpnEngineError("mask proposals are learnt from one annotation file; join them and give that")
@@ -57,9 +58,8 @@ def train_masks(
         pictures = [val_folder / image.file_name for image in truth.truth.images]
         check_images(pictures, val_folder, "--val-images")
         validation = SegmentValidation(truth, pictures.__getitem__)
-    given = {name: value for name, value in recipe.items() if value is not None}
-    batch = given.pop("batch_size")
-    made = make_recipe(steps or max(1, round(epochs * len(examples) / batch)), batch, **given)
+    steps = steps or count_steps(epochs, len(examples), recipe["batch_size"])
+    made = make_recipe(**({"steps": steps} | dict(recipe)))
     job = MaskJob(
         spec=make_variant(MaskSpec.from_dict(spec), variant),
         recipe=made,

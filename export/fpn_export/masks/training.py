@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,10 @@ def make_recipe(steps: int = PAPER_STEPS, batch_size: int = PAPER_BATCH, **chang
 
     Raises: SpecError for an unknown field or a value outside its range.
     """
-    rate = PAPER_RATE * batch_size / PAPER_BATCH
-    values: dict[str, Any] = {
-        "learning_rate": rate,
-        "anchors_per_image": PAPER_EXAMPLES,
-        "milestones": (0.75,),
-    } | changes
-    return Recipe.from_dict({"steps": steps, "batch_size": batch_size} | values)
+    values: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "anchors_per_image": PAPER_EXAMPLES}
+    recipe = Recipe.from_dict(values | changes)
+    rate = PAPER_RATE * recipe.batch_size / PAPER_BATCH
+    return recipe if recipe.learning_rate is not None else dataclasses.replace(recipe, learning_rate=rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

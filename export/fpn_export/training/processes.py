@@ -39,7 +39,9 @@ def join_processes(device: str | None = None) -> Processes:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise FpnEngineError(f"{device} is no device; it is cpu or cuda") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise FpnEngineError(f"cannot train on {device}; --device is cpu or cuda")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise FpnEngineError("there is no CUDA device here; train with --device cpu, fpn-engine doctor says more")

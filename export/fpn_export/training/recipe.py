@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fpn_engine.errors import SpecError
+from fpn_engine.spec_json import convert_value, finite_number, truth_value, whole_number
 from fpn_export.training.targets import PAPER_SAMPLES, Samples
 
 SCHEDULES = ("step", "cosine")
+RECIPE = "the recipe"
 PRECISIONS = ("fp32", "bf16")
 PAPER_BATCH = 16  # images per step in the paper: two on each of eight GPUs
 PAPER_RATE = 0.02  # learning rate at that batch
@@ -65,7 +67,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (
-            ("steps", self.steps >= 1, "at least 1"),
+            ("steps", 1 <= self.steps < 2**31, "from 1 to 2^31 - 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("learning_rate", self.rate > 0 and math.isfinite(self.rate), "positive"),
             ("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
@@ -117,10 +119,48 @@ class Recipe:
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise SpecError(f"unknown key {unknown[0]!r} in the recipe; known keys: {', '.join(known)}")
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        try:
-            return cls(**given)
-        except SpecError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise SpecError(f"the recipe has a value of the wrong form: {error}") from None
+        if "steps" not in values:
+            raise SpecError("the recipe has no steps; say how many")
+        return cls(**{name: convert_value(name, _CONVERT[name], value, RECIPE) for name, value in values.items()})
+
+
+def count_steps(epochs: float, images: int, batch_size: Any) -> int:
+    """Updates in which each of ``images`` is seen ``epochs`` times, at least 1.
+
+    Raises: SpecError if there is no such number, or ``batch_size`` is none.
+    """
+    size = convert_value("batch_size", whole_number, batch_size, RECIPE)
+    if size < 1:
+        raise SpecError(f"batch_size must be at least 1, not {size}")
+    steps = epochs * images / size
+    if not math.isfinite(steps):
+        raise SpecError(f"{epochs} epochs are no finite number of updates; give other --epochs")
+    return max(1, round(steps))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _rate(value: Any) -> float | None:
+    return None if value is None else finite_number(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{value!r} is not a list of numbers")
+    return tuple(finite_number(number) for number in value)
+
+
+def _two_numbers(value: Any) -> tuple[float, ...]:
+    numbers = _numbers(value)
+    if len(numbers) != 2:
+        raise ValueError(f"{value!r} is not two numbers")
+    return numbers
+
+
+_BY_TYPE = {"int": whole_number, "float": finite_number, "bool": truth_value, "str": _text}
+_BY_NAME = {"learning_rate": _rate, "milestones": _numbers, "scales": _two_numbers}
+_CONVERT: dict[str, Any] = {f.name: _BY_NAME.get(f.name) or _BY_TYPE[str(f.type)] for f in dataclasses.fields(Recipe)}

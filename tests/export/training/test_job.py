@@ -206,6 +206,7 @@ def test_a_gpu_that_is_not_there_is_said(data: Path, run_path: Path, monkeypatch
         train(make_job(data, run_path, device="cuda"))
 
 
-def test_a_device_of_nonsense_is_said(data: Path, run_path: Path) -> None:
-    with pytest.raises(FpnEngineError, match="toaster"):
-        train(make_job(data, run_path, device="toaster"))
+@pytest.mark.parametrize("device", ["toaster", "mps", "meta", "cpu:x"])
+def test_a_device_that_nothing_trains_on_is_said(device: str, data: Path, run_path: Path) -> None:
+    with pytest.raises(FpnEngineError, match=f"^cannot train on {device}; --device is cpu or cuda$"):
+        train(make_job(data, run_path, device=device))

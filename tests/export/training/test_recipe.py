@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fpn_engine.errors import SpecError
-from fpn_export.training.recipe import Recipe
+from fpn_export.training.recipe import Recipe, count_steps
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -45,6 +45,7 @@ def test_it_survives_json() -> None:
     "changes",
     [
         {"steps": 0},
+        {"steps": 2**31},
         {"batch_size": 0},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
@@ -65,3 +66,53 @@ def test_it_survives_json() -> None:
 def test_nonsense_is_refused_by_name(changes: dict[str, object]) -> None:
     with pytest.raises(SpecError, match=next(iter(reversed(changes)))):
         Recipe(**({"steps": 10} | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", "soon"),
+        ("steps", None),
+        ("batch_size", 2.5),
+        ("batch_size", "4"),
+        ("learning_rate", "fast"),
+        ("learning_rate", float("nan")),
+        ("milestones", 0.5),
+        ("milestones", ["half"]),
+        ("scales", [1]),
+        ("scales", [1, 1, 1]),
+        ("scales", 1),
+        ("scales", "ab"),
+        ("nesterov", "false"),
+        ("freeze_norm", "False"),
+        ("freeze_norm", 1),
+        ("momentum", True),
+        ("rois_per_image", 2.5),
+        ("rois_per_image", "abc"),
+        ("frozen_stages", 1.5),
+        ("frozen_stages", float("inf")),
+        ("precision", 16),
+        ("schedule", ["step"]),
+        ("seed", None),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(SpecError, match=f"^{name} in the recipe has a value of the wrong form: .* is not "):
+        Recipe.from_dict({"steps": 10, name: value})
+
+
+def test_whole_numbers_are_written_either_way() -> None:
+    recipe = Recipe.from_dict({"steps": 10.0, "box_weight": 2, "scales": [1, 2], "learning_rate": None})
+    assert recipe == Recipe(steps=10, box_weight=2.0, scales=(1.0, 2.0))
+    assert isinstance(recipe.steps, int)
+
+
+def test_epochs_as_updates() -> None:
+    assert [count_steps(epochs, 6, 4) for epochs in (0, 0.1, 2, 3.1)] == [1, 1, 3, 5]
+    for epochs in (float("inf"), float("nan"), 1e308):
+        with pytest.raises(SpecError, match="epochs are no finite number of updates"):
+            count_steps(epochs, 6, 4)
+    with pytest.raises(SpecError, match="batch_size in the recipe"):
+        count_steps(1, 6, "many")
+    with pytest.raises(SpecError, match="batch_size must be at least 1, not 0"):
+        count_steps(1, 6, 0)
