@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fpn_engine.errors import AnnotationError
 from fpn_engine.spec import Category
@@ -57,3 +59,13 @@ class CocoGroundTruth:
                     f"category {category.id} is {category.name!r} to the model but {name!r} in the annotations; "
                     "use the annotations that the model was trained for"
                 )
+
+
+def check_images(paths: Sequence[Path], folder: Path, option: str = "--images") -> None:
+    """Raises AnnotationError, which counts those of ``paths`` that are no files, if ``option`` named a wrong folder."""
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise AnnotationError(
+            f"{len(missing)} of {len(paths)} annotated images are not in {folder}, the first is {missing[0].name}; "
+            f"check {option}"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import os
 import re
-import shlex
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fpn_engine.cli.console import note, refuse_folder, steps
+from fpn_engine.cli.console import note, refuse_folder, steps, suggest
 from fpn_engine.cli.options import ModelOption
 from fpn_engine.cli.plans import ForCuda, checkpoint_of_model, plan_of_model
 
@@ -175,7 +174,7 @@ def build(
         note(f"{path} is up to date ({size})")
     found = find_plan(None)
     is_found = found and os.path.realpath(found.path) == os.path.realpath(path)
-    note(f"next: fpn-engine infer image.jpg{'' if is_found else f' --plan {shlex.quote(str(path))}'}")
+    suggest("infer", "image.jpg", *(() if is_found else ("--plan", path)))
 
 
 def _compare(model: Path, plan: Path, images: Path | None) -> None:

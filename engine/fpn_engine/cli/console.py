@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ def stderr() -> Console:
 def note(message: str) -> None:
     """One line for people."""
     print(message, file=sys.stderr, flush=True)
+
+
+def suggest(*words: object) -> None:
+    """The command of ours that usually comes next, to be copied into a shell."""
+    note(f"next: {shlex.join(['fpn-engine', *map(str, words)])}")
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -26,6 +26,7 @@ from fpn_engine.cli.plans import choose_plan
 from fpn_engine.cli.proposals import ProposalsOption, open_proposals
 from fpn_engine.errors import FpnEngineError
 from fpn_engine.files import refuse_replacing
+from fpn_engine.ground_truth import check_images
 
 if TYPE_CHECKING:
     from fpn_engine.annotations import CocoGroundTruth
@@ -103,12 +104,7 @@ def find_files(truth: CocoGroundTruth, folder: Path) -> dict[int, Path]:
     if not os.path.isdir(folder):
         raise FpnEngineError(f"there is no folder {folder}; --images names the folder of the annotated images")
     files = {image.id: folder / image.file_name for image in truth.images}
-    missing = [path for path in files.values() if not os.path.isfile(path)]
-    if missing:
-        raise FpnEngineError(
-            f"{len(missing)} of {len(files)} annotated images are not in {folder}, the first is {missing[0].name}; "
-            "check --images"
-        )
+    check_images(list(files.values()), folder)
     return files
 
 

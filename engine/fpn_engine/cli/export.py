@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fpn_engine.cli.console import note, refuse_folder, steps
+from fpn_engine.cli.console import note, refuse_folder, steps, suggest
 from fpn_engine.cli.options import (
     ClassesOption,
     MaxSizeOption,
@@ -65,4 +64,4 @@ def export(
         f"{found.describe_results()}, {found.min_size}/{found.max_size} pixels, "
         f"{target.stat().st_size / 1e6:.1f} MB"
     )
-    note(f"next: fpn-engine build {shlex.quote(str(target))}")
+    suggest("build", target)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 import json
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpn_engine.cli.console import note, refuse_folder, steps
+from fpn_engine.cli.console import note, refuse_folder, steps, suggest
 from fpn_engine.errors import FpnEngineError
 from fpn_engine.files import refuse_replacing
 
@@ -123,8 +122,8 @@ def quantize(
     for row in report.float_layers:
         note(f"in float32: {row.name}, {row.why_float}")
     note(f"report: {page}")
-    options_of_build = "" if precision is EightBits.int8 else " --backend tensorrt --precision fp8"
-    note(f"next: fpn-engine build {shlex.quote(str(target))}{options_of_build}")
+    for_tensorrt = () if precision is EightBits.int8 else ("--backend", "tensorrt", "--precision", "fp8")
+    suggest("build", target, *for_tensorrt)
 
 
 def _is_report(path: Path) -> bool:

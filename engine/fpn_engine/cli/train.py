@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fpn_engine.cli.console import note
+from fpn_engine.cli.console import note, suggest
 from fpn_engine.cli.options import assignments
 from fpn_engine.cli.stopping import StopRequest
 from fpn_engine.cli.train_masks import MASKS, train_masks
@@ -230,7 +230,7 @@ def train(
     if int(os.environ.get("RANK", 0)) == 0:
         best = "" if outcome.best is None else f", best {'AR1000' if spec.model == 'rpn' else 'AP'} {outcome.best:.3f}"
         note(f"trained {recipe.steps} steps{best}")
-        note(f"next: fpn-engine export {output / 'best.pth'}")
+        suggest("export", output / "best.pth")
 
 
 def _find_each(annotations: list[Path], named: list[Path] | None) -> list[Path]:

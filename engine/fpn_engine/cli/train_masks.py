@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpn_engine.cli.console import note
+from fpn_engine.cli.console import note, suggest
 from fpn_engine.cli.stopping import StopRequest
 from fpn_engine.cli.training_display import TrainingDisplay
 from fpn_engine.errors import FpnEngineError
@@ -39,13 +39,13 @@ def train_masks(
     """
     import hashlib
 
+    from fpn_engine.ground_truth import check_images
     from fpn_engine.masks.ground_truth import load_segments
     from fpn_engine.masks.spec import MaskSpec
     from fpn_export.masks.examples import AnnotatedSegments
     from fpn_export.masks.training import MaskJob, SegmentValidation, make_recipe
     from fpn_export.masks.training import train_masks as run
     from fpn_export.masks.variants import make_variant
-    from fpn_export.training.examples import check_images
     from fpn_export.training.recipe import count_steps
 
     if len(annotations) != 1:
@@ -81,7 +81,7 @@ def train_masks(
     if int(os.environ.get("RANK", 0)) == 0:
         best = "" if outcome.best is None else f", best AR1000 {outcome.best:.3f}"
         note(f"trained {made.steps} steps{best}")
-        note(f"next: fpn-engine export {output / 'best.pth'}")
+        suggest("export", output / "best.pth")
 
 
 def _need_folder(images: Path | None, annotations: Path) -> Path:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpn_engine.errors import AnnotationError, ImageError
+from fpn_engine.ground_truth import check_images
 from fpn_engine.images import to_array
 from fpn_engine.masks.ground_truth import SegmentTruth, describe_segments
 from fpn_engine.masks.run_lengths import Masks, RunLengths, areas_of, decode_masks, encode_masks
 from fpn_export.scenes.scene import SIZE, make_scene
-from fpn_export.training.examples import check_images
 
 
 class MaskExample(NamedTuple):

@@ -159,9 +159,9 @@ class _Run:
             sensitivity_on=min(options.sensitivity, len(calibrating)),
             metric="AP" if self._truth else "agreement",
             tolerance=options.tolerance,
-            score_float=before,
-            score_all=first,
-            score=after,
+            score_float=_or_none(before),
+            score_all=_or_none(first),
+            score=_or_none(after),
             layers=rows,
         )
         self._describe(made, report)
@@ -187,12 +187,11 @@ class _Run:
         note = self._note if title == "scoring fp32" else silent
         return detect(model, self._spec, paths, self._begin(title, len(paths)), note)
 
-    def _score(self, found: Found, exact: Found) -> float | None:
-        """None if there is nothing to find."""
-        score = score_ap(found, self._truth) if self._truth else score_agreement(found, exact)
-        return None if math.isnan(score) else score
+    def _score(self, found: Found, exact: Found) -> float:
+        """NaN if there is nothing to find."""
+        return score_ap(found, self._truth) if self._truth else score_agreement(found, exact)
 
-    def _try(self, layers: set[str], paths: Sequence[Path], exact: Found) -> float | None:
+    def _try(self, layers: set[str], paths: Sequence[Path], exact: Found) -> float:
         if not layers:
             return self._score(exact, exact)
         title = f"scoring {self._options.precision}, {len(layers)} layers"
@@ -201,32 +200,33 @@ class _Run:
     def _fall_back(
         self,
         worst: Sequence[str],
-        score: float | None,
-        before: float | None,
+        score: float,
+        before: float,
         names: Sequence[str],
         paths: Sequence[Path],
         exact: Found,
-    ) -> tuple[set[str], float | None]:
+    ) -> tuple[set[str], float]:
         """The fewest of the worst layers that must stay float for the tolerance to hold, and the score then.
 
         Their number is doubled until it holds, then halved back: a few scores, not one for each layer.
         """
         tolerance = self._options.tolerance
 
-        def is_kept(value: float | None) -> bool:
-            return tolerance is None or before is None or value is None or 100 * (before - value) <= tolerance
+        def is_kept(value: float) -> bool:
+            return tolerance is None or 100 * (before - value) <= tolerance
 
-        if score is None:
+        if math.isnan(score):
             what = "nothing is annotated" if self._truth else f"the float model scores nothing {CERTAIN} or more"
             self._note(
                 f"{what} on the {len(paths)} images to score on: what {self._options.precision} costs is not known"
             )
+            return set(), score
         if is_kept(score):
             return set(), score
         if not worst:
             self._note("the tolerance does not hold, and without --sensitivity no layer can be told to keep in float")
             return set(), score
-        scores: dict[int, float | None] = {0: score}
+        scores = {0: score}
         low, high = 0, 1
         while True:
             scores[high] = self._try(set(names) - set(worst[:high]), paths, exact)
@@ -255,6 +255,11 @@ class _Run:
         }
         properties = {prop.key: prop.value for prop in model.metadata_props}
         helper.set_model_props(model, properties | {METADATA_KEY: json.dumps(facts)})
+
+
+def _or_none(score: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(score) else score
 
 
 def read_measured(model: ModelProto) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from fpn_engine.annotations import CocoGroundTruth
 from fpn_engine.errors import AnnotationError, ImageError
+from fpn_engine.ground_truth import check_images
 from fpn_engine.images import to_array
 from fpn_engine.proposals import Boxes, ProposalBoxes
 from fpn_engine.spec import Category
@@ -119,16 +119,6 @@ class AnnotatedExamples:
                 f"{entry.shape[1]}x{entry.shape[0]}"
             )
         return Example(pixels, entry.boxes, entry.labels, entry.proposals)
-
-
-def check_images(paths: Sequence[Path], folder: Path, option: str = "--images") -> None:
-    """Raises AnnotationError, which counts those of ``paths`` that are no files, if ``option`` named a wrong folder."""
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise AnnotationError(
-            f"{len(missing)} of {len(paths)} annotated images are not in {folder}, the first is {missing[0].name}; "
-            f"check {option}"
-        )
 
 
 def _cut(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:

@@ -9,10 +9,10 @@ from typing import Any
 from fpn_engine.annotations import CocoGroundTruth
 from fpn_engine.engine import Engine
 from fpn_engine.evaluation import DetectionScore, ProposalScore, score_detections, score_proposals
+from fpn_engine.ground_truth import check_images
 from fpn_engine.proposals import ProposalBoxes
 from fpn_engine.results import coco_results
 from fpn_export.detector import FpnDetector
-from fpn_export.training.examples import check_images
 
 Score = DetectionScore | ProposalScore
 Validation = Callable[[FpnDetector], Score]

@@ -11,11 +11,14 @@ import torch
 from onnx import ModelProto
 from PIL import Image
 
+from fpn_engine.sources import list_images
 from fpn_engine.spec import ModelSpec, numbered_categories
 from fpn_export.detector import FasterRCNN
 from fpn_export.onnx_export import export_onnx
 from fpn_export.quantization.layers import Network
 from fpn_export.quantization.pairs import insert_pairs
+from fpn_export.quantization.quantize import QuantizeOptions, quantize_model
+from fpn_export.quantization.report import Report
 from tests.threads import one_thread
 
 __all__ = ["one_thread"]
@@ -32,6 +35,7 @@ SPEC = ModelSpec(
     rpn_post_nms_top_n_test=40,
     box_detections_per_img=20,
 )
+QUICK = QuantizeOptions(calibrate=3, score=2, sensitivity=1, tolerance=None)
 LOGIT_SCALE = 30.0  # random weights say nothing; this much louder, scores spread
 
 
@@ -69,3 +73,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cells = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8)
         Image.fromarray(cells.repeat(8, axis=0).repeat(8, axis=1)).save(folder / f"{seed}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def quantized(model: ModelProto, photographs: Path) -> tuple[ModelProto, Report]:
+    return quantize_model(model, SPEC, list(list_images([photographs])), QUICK)
