@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,20 +124,37 @@ class _UnlessFailed:
         return failed[0] if failed else self._collate(drawn)
 
 
+@contextmanager
+def readers_named(then: str = "") -> Iterator[None]:
+    """In it, torch's RuntimeError for a reader that died is an FpnEngineError of one sentence, which ends in ``then``.
+
+    torch notices the death by a signal, so the error comes from wherever this process is, not only from a read.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise FpnEngineError(
+            f"a process that reads images ahead was killed, perhaps for want of memory; fewer --workers need less{then}"
+        ) from None
+
+
 def read_batches(
     examples: Dataset[Any], order: BatchOrder, collate: Callable[[Sequence[Any]], Any], workers: int
 ) -> Iterator[Any]:
     """What ``collate`` makes of the examples of each update; ``workers`` processes read ahead, 0 reads at once.
 
-    Raises: FpnEngineError as ``examples`` raised it, in whatever process.
+    Raises: FpnEngineError as ``examples`` raised it, in whatever process, and for a process that was killed.
     """
     loader: DataLoader[Any] = DataLoader(
         _Returning(examples), batch_sampler=order, collate_fn=_UnlessFailed(collate), num_workers=workers
     )
-    for batch in loader:
-        if isinstance(batch, FpnEngineError):
-            raise batch
-        yield batch
+    with readers_named():
+        for batch in loader:
+            if isinstance(batch, FpnEngineError):
+                raise batch
+            yield batch
 
 
 class _Augmented(Dataset[tuple[Example, float]]):

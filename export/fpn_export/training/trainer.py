@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fpn_engine.errors import FpnEngineError, NonFiniteError
 from fpn_export.detector import FpnDetector
-from fpn_export.training.batches import Batch, load_batches
+from fpn_export.training.batches import Batch, load_batches, readers_named
 from fpn_export.training.examples import Examples
 from fpn_export.training.freezing import freeze_shared, set_training_mode
 from fpn_export.training.losses import Loss
@@ -110,6 +110,7 @@ class Trainer:
             folder.rewind_log(self.step)
         processes.wait()
 
+    @readers_named("; the same command goes on from the last saved state")
     def run(
         self,
         on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -120,7 +121,8 @@ class Trainer:
         Returns: whether the run is complete. The models are ``best.pth`` and ``last.pth`` in the folder.
         Raises: NonFiniteError if a loss is NaN or infinite, or a model in validation gives such values; the last saved
             state remains. FpnEngineError for an image that cannot be read; the state is saved before, so that the run
-            goes on once the image is mended.
+            goes on once the image is mended. FpnEngineError for a reader that was killed; the state is saved before if
+            this process was about to read, otherwise the last saved one remains.
         """
         recipe, processes, habits = self._recipe, self._processes, self._habits
         losses_of = self._wrap(self._make_losses())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fpn_engine.errors import ImageError, NonFiniteError
+from fpn_engine.errors import FpnEngineError, ImageError, NonFiniteError
 from fpn_engine.evaluation import DetectionScore
 from fpn_export.detector import FpnDetector, make_detector
 from fpn_export.masks.batches import load_mask_batches
@@ -38,6 +40,15 @@ class Damaged(Squares):
     def __getitem__(self, index: int) -> Example:
         if index == self.damaged:
             raise ImageError(f"{index}.png is damaged")
+        return super().__getitem__(index)
+
+
+class Deadly(Squares):
+    """Rectangles of which image 5 kills who reads it."""
+
+    def __getitem__(self, index: int) -> Example:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
 
@@ -137,3 +148,24 @@ def test_readers_in_other_processes_say_the_same(workers: int, images: Damaged) 
     images.damaged = 5
     read_all(load_batches(images, tiny_spec(), Recipe(steps=20, batch_size=2), workers=workers))
     read_all(load_mask_batches(DamagedScenes(1, 3), tiny_mask_spec(), Recipe(steps=1, batch_size=2), workers=workers))
+
+
+def test_a_reader_that_is_killed_ends_with_a_sentence(run_path: Path) -> None:
+    deadly = make_trainer(run_path, Deadly(seed=1, count=8), habits=Habits(workers=2))
+    with pytest.raises(FpnEngineError, match=r"ahead was killed, .*; fewer --workers need less"):
+        deadly.run()
+
+
+@pytest.mark.parametrize("said", ["DataLoader worker (pid 3) is killed by signal: Killed.", "something else"])
+def test_only_its_error_is_named_amid_an_update(
+    said: str, run_path: Path, images: Damaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(said)
+
+    trainer = make_trainer(run_path, images)
+    monkeypatch.setattr(trainer, "_update", fail)
+    with pytest.raises(RuntimeError if said == "something else" else FpnEngineError) as raised:
+        trainer.run()
+    assert str(raised.value).endswith(said if said == "something else" else "goes on from the last saved state")
+    assert not (run_path / "state.pt").exists()
