@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpn_engine.errors import AnnotationError
+from fpn_engine.errors import AnnotationError, ImageError
 from fpn_engine.spec import Category
 
 
@@ -68,4 +68,12 @@ def check_images(paths: Sequence[Path], folder: Path, option: str = "--images") 
         raise AnnotationError(
             f"{len(missing)} of {len(paths)} annotated images are not in {folder}, the first is {missing[0].name}; "
             f"check {option}"
+        )
+
+
+def check_size(path: Path, found: tuple[int, int], annotated: tuple[int, int]) -> None:
+    """Raises ImageError if an image is ``found`` to have another (height, width) than its boxes were drawn on."""
+    if found != annotated:
+        raise ImageError(
+            f"{path} is {found[1]}x{found[0]} pixels, but its annotations are for {annotated[1]}x{annotated[0]}"
         )

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpn_engine.annotations import CocoGroundTruth
-from fpn_engine.errors import AnnotationError, ImageError
-from fpn_engine.ground_truth import check_images
+from fpn_engine.errors import AnnotationError
+from fpn_engine.ground_truth import check_images, check_size
 from fpn_engine.images import to_array
 from fpn_engine.proposals import Boxes, ProposalBoxes
 from fpn_engine.spec import Category
@@ -113,11 +113,7 @@ class AnnotatedExamples:
         """Raises: ImageError for an image that cannot be read or has another size than annotated."""
         entry = self._listed[index]
         pixels = to_array(entry.path)
-        if pixels.shape[:2] != entry.shape:
-            raise ImageError(
-                f"{entry.path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but its annotations are for "
-                f"{entry.shape[1]}x{entry.shape[0]}"
-            )
+        check_size(entry.path, pixels.shape[:2], entry.shape)
         return Example(pixels, entry.boxes, entry.labels, entry.proposals)
 
 

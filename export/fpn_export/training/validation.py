@@ -9,7 +9,7 @@ from typing import Any
 from fpn_engine.annotations import CocoGroundTruth
 from fpn_engine.engine import Engine
 from fpn_engine.evaluation import DetectionScore, ProposalScore, score_detections, score_proposals
-from fpn_engine.ground_truth import check_images
+from fpn_engine.ground_truth import check_images, check_size
 from fpn_engine.proposals import ProposalBoxes
 from fpn_engine.results import coco_results
 from fpn_export.detector import FpnDetector
@@ -37,14 +37,16 @@ class CocoValidation:
         self._truth, self._folder, self._proposals = truth, folder, proposals
 
     def __call__(self, model: FpnDetector) -> Score:
-        """Raises: FpnEngineError for an image that cannot be read, or if the network gives NaN or infinity."""
+        """Raises: FpnEngineError for an image that cannot be read or has another size, or if the network gives NaN."""
         engine = Engine(model.pipeline, graphs=False)
         if model.spec.model == "rpn":
             return score_proposals(self._truth, propose(engine, self._truth, self._folder))
         results: list[dict[str, Any]] = []
         for image in self._truth.images:
             given = None if self._proposals is None else [self._proposals(image.file_name)]
-            (detections,) = engine(self._folder / image.file_name, proposals=given)
+            path = self._folder / image.file_name
+            (detections,) = engine(path, proposals=given)
+            check_size(path, detections.image_size, (image.height, image.width))
             results += coco_results(detections, image.id)
         return score_detections(self._truth, results)
 

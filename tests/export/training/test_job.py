@@ -154,6 +154,8 @@ def test_an_image_of_another_size_is_named(data: Path, run_path: Path, tmp_path:
         Image.open(path).resize((50, 40)).save(images / path.name)
     with pytest.raises(ImageError, match=r"\.png is 50x40 pixels, but its annotations are for 96x96"):
         train(make_job(data, run_path, images=[images]))
+    with pytest.raises(ImageError, match=r"50x40 pixels, but its annotations are for 96x96; stopped after step"):
+        train(make_job(data, run_path, val_annotations=data, val_images=images))
 
 
 def test_a_run_of_another_width_is_not_taken_up(data: Path, run_path: Path) -> None:
