@@ -14,7 +14,7 @@ python=${3:-python3}
 smoke=${SMOKE_SECONDS:-90}
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$out" || exit 2
-export PYTHONPATH=engine:kernels:export:. PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=engine:kernels:export:.${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 failed=()
 
 left() {
@@ -72,7 +72,7 @@ take() {
 declare -A minutes_of=([peers]=1 [precision]=1 [batches]=1 [rest]=1)
 rows="$out/benchmarks.json"
 take 25 replay benchmarks.replay -o "$out/replay.json"
-take 15 masks benchmarks.replay_masks -o "$out/replay.json"
+take 30 masks benchmarks.replay_masks -o "$out/replay.json" --seconds 25
 take 30 peers benchmarks.bench_peers -o "$rows" --only "R50-FPN, 800x1216, batch 1" \
     --contestant "torchvision fp16 autocast*" --contestant "*native fp16" --contestant "*native bf16"
 take 25 precision benchmarks.bench_precision -o "$rows"

@@ -17,7 +17,7 @@ count=${SCENES:-8000} batch=${BATCH:-16} probe=${PROBE:-40}
 workers=${WORKERS:-$(nproc)}
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$out" || exit 2
-export PYTHONPATH=engine:kernels:export:. PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=engine:kernels:export:.${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -49,7 +49,7 @@ steps=$(awk -v share="$share" -v each="$each" 'BEGIN { print int(share / each) }
 echo "an update takes $each s; $steps of them, $batch images each" | tee -a "$out/environment.txt"
 [ "$steps" -ge 20 ] || { echo "no time is left to train" >&2; exit 1; }
 
-ours "$steps" "$out/ours" --warmup 100 --validate-every "$steps" --save-every "$steps" \
+ours "$steps" "$out/ours" --warmup 100 --validate-every "$steps" --save-every 200 \
     --val-annotations "$scratch/val/annotations.json" --val-images "$scratch/val/images" > "$out/ours.log" 2>&1
 code=$?
 "$python" -m benchmarks.train_torchvision --annotations "$scratch/train/annotations.json" \

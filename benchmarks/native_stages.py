@@ -29,7 +29,7 @@ from fpn_engine.backends.native.cuda.loading import find_work
 from fpn_engine.backends.native.cuda.timing_cache import TimingCache
 from fpn_engine.backends.native.cuda.work import Work
 from fpn_engine.backends.native.packing import unpack_part
-from fpn_engine.backends.native.parts import NativeHead, NativeTrunk
+from fpn_engine.backends.native.parts import MakeExecutor, NativeHead, NativeTrunk
 from fpn_engine.backends.native.program import Program
 from fpn_engine.plan import Plan
 from fpn_export.native.tactics import TuneFor
@@ -81,16 +81,21 @@ def compare(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def load_as_tuned(plan: Plan) -> tuple[NativeTrunk, NativeHead]:
-    """Trunk and head with what the build measured; to load the plan would be to measure what it left."""
+    """Trunk and head of a detector with what the build measured."""
+    spec, make = plan.manifest.spec, executors_as_tuned(plan)
+    trunk = NativeTrunk(*unpack_part("trunk", plan.parts), spec, make_executor=make)
+    return trunk, NativeHead(*unpack_part("head", plan.parts), spec, make_executor=make)
+
+
+def executors_as_tuned(plan: Plan) -> MakeExecutor:
+    """Makes executors with what the build measured; to load the plan would be to measure what it left."""
     device = torch.device("cuda", torch.cuda.current_device())
     choices = Choices(Gpu.of_device(device), TunedTactics.read(plan.parts[PART]).tactics)
 
     def make(program: Program, weights: Mapping[str, Tensor]) -> CudaExecutor:
         return CudaExecutor(program, weights, choices, device)
 
-    spec = plan.manifest.spec
-    trunk = NativeTrunk(*unpack_part("trunk", plan.parts), spec, make_executor=make)
-    return trunk, NativeHead(*unpack_part("head", plan.parts), spec, make_executor=make)
+    return make
 
 
 def make_case(batch: int) -> Case:

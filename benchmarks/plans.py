@@ -37,6 +37,11 @@ def build(
     model = subject.onnx_model
     if precision in QUANTIZED:
         model = _quantize(subject, precision, tuple(photographs))
+    return build_model(model, precision, backend, tune_for)
+
+
+def build_model(model: ModelProto, precision: str, backend: str = AUTO, tune_for: ForCuda | None = None) -> Plan:
+    """A plan of an ONNX model, which is quantised already if it is to be; the rest as :func:`build`."""
     with tempfile.TemporaryDirectory() as folder:
         path, plan = Path(folder) / "model.onnx", Path(folder) / "model.plan"
         path.write_bytes(model.SerializeToString())

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.native_stages import executors_as_tuned
+from benchmarks.plans import build_model
 from benchmarks.replay import run, time_replays, trace_replays
 from benchmarks.scene import SIZE
 from benchmarks.suite import prepare_device
-from fpn_engine.backends.loading import load_pipeline
+from fpn_engine.backends.native.masks import make_native_masks
 from fpn_engine.masks.pipeline import MaskPipeline
 from fpn_engine.masks.spec import MaskSpec
 from fpn_engine.masks.winners import select_winners
@@ -29,7 +31,6 @@ from fpn_export.masks.model import FpnMasks
 from fpn_export.masks.onnx_export import export_mask_onnx
 from fpn_export.masks.variants import make_variant
 from fpn_export.native.tactics import TuneFor
-from tests.parity.subject import build_model
 
 VARIANT = "dual"
 # Of a score's logit, in deviations of scores: what rounding in the whole network makes of random weights.
@@ -44,9 +45,9 @@ def measure(arch: str, batch: int, precision: str, seconds: float) -> dict[str, 
     torch.manual_seed(0)
     model = FpnMasks(make_variant(MaskSpec(arch=arch), VARIANT)).eval()
     tune_for = TuneFor(shapes=((batch, *SIZE),), seconds=seconds)
-    plan = build_model(export_mask_onnx(model), "native", precision, tune_for)
-    pipeline = load_pipeline(plan, device=device)
-    assert isinstance(pipeline, MaskPipeline)
+    plan = build_model(export_mask_onnx(model), precision, "native", tune_for)
+    parts = make_native_masks(plan.parts, model.spec, make_executor=executors_as_tuned(plan), device=device)
+    pipeline = MaskPipeline(model.spec, *parts, device)
     runner = make_cuda_runner(pipeline, batch_size=batch)
     random = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (*SIZE, 3), dtype=torch.uint8, generator=random).numpy() for _ in range(batch)]

@@ -145,10 +145,11 @@ def unpack_masks(packed: Tensor, mask_size: int) -> PaddedMasks:
     """What :func:`pack_result` packed of masks, as views of it where their types allow."""
     slots = (packed.shape[1] - 4) // (5 + mask_size**2)
     counts, status, scores, regions, masks = packed.split([2, 2, slots, 4 * slots, slots * mask_size**2], dim=1)
+    counts, status = (part.clone(memory_format=torch.contiguous_format) for part in (counts, status))
     return PaddedMasks(
         regions.view(torch.float32).unflatten(1, (slots, 4)),
         scores.view(torch.float32),
         masks.view(torch.float32).unflatten(1, (slots, mask_size, mask_size)),
-        counts.contiguous().view(torch.int64)[:, 0],
-        status.contiguous().view(torch.int64)[:, 0],
+        counts.view(torch.int64)[:, 0],
+        status.view(torch.int64)[:, 0],
     )

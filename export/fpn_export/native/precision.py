@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fpn_engine.backends.native.cpu import DTYPES
-from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, STORED, Cast, Conv, Linear, Op, Slice, WindowScore
+from fpn_engine.backends.native.ops import BFLOAT16, FLOAT32, STORED, Cast, Concat, Conv, Linear, Op, Slice, WindowScore
 from fpn_engine.backends.native.program import Program
 from fpn_export.native.integers import use_integers
 from fpn_export.native.network import Array, Network
@@ -71,25 +71,29 @@ def in_half(network: Network, dtype: str, float32: Collection[str]) -> Lowered:
 
 def _cast_others(ops: list[Op], outputs: list[str], exact: Collection[str], float32: Collection[str]) -> None:
     """Cast those of ``float32`` that no layer of ``exact`` makes."""
-    made_exact = {*exact} | {op.output for op in ops if isinstance(op, Slice) and op.inputs[0] in exact}
-    for name in sorted(set(float32) - made_exact):
+    joined = {op.output for op in ops if isinstance(op, (Slice, Concat)) and all(name in exact for name in op.inputs)}
+    for name in sorted(set(float32) - {*exact} - joined):
         ops.append(Cast(inputs=(name,), output=f"{name}:{FLOAT32}", dtype=FLOAT32))
         outputs[outputs.index(name)] = f"{name}:{FLOAT32}"
 
 
 def _makers(network: Network, names: Collection[str]) -> set[str]:
-    """The layers of one input, without residual, that make ``names``, or what those are slices of."""
+    """The layers of one input, without residual, that make ``names``, or what those are slices or joins of."""
     makers = network.makers()
-    found = set()
+    found: set[str] = set()
     for name in names:
         op = network.ops[makers[name]]
-        if isinstance(op, Slice):
-            op = network.ops[makers[op.inputs[0]]]
-        readers = {other.output for other in network.ops if op.output in other.inputs} - set(names)
-        alone = isinstance(op, WindowScore) or (isinstance(op, (Conv, Linear)) and len(op.inputs) == 1)
-        if alone and not readers:
-            found.add(op.output)
+        made_of = op.inputs if isinstance(op, (Slice, Concat)) else (name,)
+        if all(source in makers and _ends(network, network.ops[makers[source]], names) for source in made_of):
+            found.update(made_of)
     return found
+
+
+def _ends(network: Network, op: Op, names: Collection[str]) -> bool:
+    """Whether nothing but the makers of ``names`` reads what a layer of one input, without residual, makes."""
+    readers = {other.output for other in network.ops if op.output in other.inputs} - set(names)
+    alone = isinstance(op, WindowScore) or (isinstance(op, (Conv, Linear)) and len(op.inputs) == 1)
+    return alone and not readers
 
 
 def _convert(program: Program, arrays: dict[str, Array]) -> Lowered:

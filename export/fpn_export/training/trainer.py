@@ -132,8 +132,8 @@ class Trainer:
                 self._save()
         batches = self._load_batches()
         while self.step < recipe.steps:
-            batch = self._read(batches)
             began = time.perf_counter()
+            batch = self._read(batches)
             losses = self._update(losses_of, batch.to(processes.device))
             self.step += 1
             self._seconds += time.perf_counter() - began

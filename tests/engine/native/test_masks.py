@@ -16,7 +16,7 @@ from fpn_engine.backends.native import masks
 from fpn_engine.backends.native.cpu_convolution import has_bfloat16, has_fused_convolution
 from fpn_engine.backends.native.level_scores import LevelScores, split_scores
 from fpn_engine.backends.native.masks import NativeMaskAnswer, NativeMaskTrunk, load_native_masks, make_native_masks
-from fpn_engine.backends.native.ops import FLOAT16, FLOAT32, WindowScore
+from fpn_engine.backends.native.ops import FLOAT16, FLOAT32, Cast, WindowScore
 from fpn_engine.backends.native.packing import pack_part, unpack_part
 from fpn_engine.errors import BackendError, PlanError
 from fpn_engine.masks import screening
@@ -160,6 +160,7 @@ def test_spectra_are_for_the_cpu(model: FpnMasks, networks: dict[str, ModelProto
     assert not any(isinstance(op, WindowScore) for op in cuda.ops)
     dtypes = cuda.dtypes()
     assert [dtypes[name] for name in cuda.outputs] == [FLOAT16] * 5 + [FLOAT32] * 5
+    assert not any(isinstance(op, Cast) for op in cuda.ops)  # the sums themselves, not what rounding left of them
     scores = NativeMaskTrunk(cuda, weights, model.spec, threads=1)(random_images()).scores
     with torch.no_grad():
         expected = model.trunk(random_images()).scores

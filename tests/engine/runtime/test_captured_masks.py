@@ -59,6 +59,17 @@ def test_a_packet_of_masks(pipeline: MaskPipeline) -> None:
         assert torch.equal(ours, right)
 
 
+def test_a_packet_of_one_image_and_an_odd_number_of_words(pipeline: MaskPipeline) -> None:
+    """Each row but the first then begins between two words of 64 bits."""
+    found = pipeline(torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0)))
+    odd = PaddedMasks(found.regions[:, :5], found.scores[:, :5], found.masks[:, :5], found.counts, found.status)
+    packed = pack_result(odd)
+    assert packed.shape[1] % 2 == 1
+    for row in range(2):
+        for ours, right in zip(unpack_masks(packed[row : row + 1], 14), odd, strict=True):
+            assert torch.equal(ours, right[row : row + 1])
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_replays_are_right_and_stay(early: bool, model: FpnMasks, pipeline: MaskPipeline) -> None:
     """Results that wait while others are computed are not overwritten by them."""
