@@ -109,13 +109,18 @@ def _parse_annotation(entry: Mapping[str, Any]) -> Annotation:
         category_id=_whole(entry["category_id"]),
         bbox=(x, y, width, height),
         area=finite_number(entry.get("area", width * height)),
-        iscrowd=bool(entry.get("iscrowd", 0)),
+        iscrowd=_is_set(entry.get("iscrowd", 0)),
     )
 
 
 def _whole(value: Any) -> int:
     """Ids may be text of digits, as some data sets have them."""
     return int(value) if isinstance(value, str) else whole_number(value)
+
+
+def _is_set(value: Any) -> bool:
+    """A flag; as text of digits too, of which none is false to Python."""
+    return bool(int(value) if isinstance(value, str) else value)
 
 
 def _distinct(what: str, values: Sequence[Any]) -> set[Any]:

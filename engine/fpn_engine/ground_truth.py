@@ -71,6 +71,12 @@ def check_images(paths: Sequence[Path], folder: Path, option: str = "--images") 
         )
 
 
+def check_objects(truth: CocoGroundTruth, path: Path) -> None:
+    """Raises AnnotationError if the file at ``path`` has no object that a model could find."""
+    if all(annotation.iscrowd for annotation in truth.annotations):
+        raise AnnotationError(f"{path} has no object to score on")
+
+
 def check_size(path: Path, found: tuple[int, int], annotated: tuple[int, int]) -> None:
     """Raises ImageError if an image is ``found`` to have another (height, width) than its boxes were drawn on."""
     if found != annotated:

@@ -41,7 +41,7 @@ class GivenProposals:
 
     An image is the one whose file name is the path or its longest ending. Where none is, or several have that name, it
     is the one of the id that the annotations give the path, or without annotations its stem (see
-    :class:`fpn_engine.results.CocoWriter`), unless it is called otherwise.
+    :class:`fpn_engine.results.CocoWriter`), unless it is called otherwise. It is not guessed which of several.
 
     Args:
         path: the file they came from, for messages. images: all of them.
@@ -51,23 +51,34 @@ class GivenProposals:
     def __init__(self, path: Path, images: Sequence[ProposedImage], image_ids: Mapping[str, int] | None = None) -> None:
         self._path = path
         self._image_ids = image_ids
-        self._by_id = {image.image_id: image for image in images if image.image_id is not None}
+        self._by_id: dict[int | str, list[ProposedImage]] = {}
         self._by_name: dict[str, list[ProposalBoxes]] = {}
         for image in images:
+            if image.image_id is not None:
+                self._by_id.setdefault(image.image_id, []).append(image)
             if image.file_name is not None:
                 self._by_name.setdefault(PurePath(image.file_name).as_posix(), []).append(image.proposals)
 
     def __call__(self, source: str) -> ProposalBoxes:
-        """Those of the image at path ``source``. Raises ProposalError if the file does not have it."""
-        parts = PurePath(source).parts
+        """Those of the image at path ``source``. Raises ProposalError if the file does not have it, or not it alone."""
+        parts, several = PurePath(source).parts, False
         for start in range(len(parts)):
             named = self._by_name.get(PurePath(*parts[start:]).as_posix(), [])
             if len(named) == 1:
                 return named[0]
+            several |= len(named) > 1
         with contextlib.suppress(KeyError, AnnotationError):
-            image = self._by_id[find_image_id(source, self._image_ids)]
-            if image.file_name is None or PurePath(image.file_name).name == PurePath(source).name:
-                return image.proposals
+            listed = self._by_id[find_image_id(source, self._image_ids)]
+            known = {None, PurePath(source).name}
+            fitting = [one for one in listed if (one.file_name and PurePath(one.file_name).name) in known]
+            if len(fitting) == 1:
+                return fitting[0].proposals
+            several |= len(fitting) > 1
+        if several:
+            raise ProposalError(
+                f"{self._path}, or the files given with it, have proposals of several images for {source!r}; give each "
+                "image a file name of its own"
+            )
         raise ProposalError(f"{self._path} has no proposals for the image {source!r}; give the file that belongs to it")
 
 

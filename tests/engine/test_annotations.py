@@ -45,6 +45,13 @@ def test_ids_may_be_text_of_digits(tmp_path: Path) -> None:
     assert load(tmp_path, data) == load(tmp_path, DATA)
 
 
+@pytest.mark.parametrize(("value", "is_crowd"), [("0", False), ("1", True), (False, False), (1, True), (None, False)])
+def test_crowds_may_be_text_of_digits(tmp_path: Path, value: object, is_crowd: bool) -> None:
+    data = copy.deepcopy(DATA)
+    data["annotations"][0]["iscrowd"] = value
+    assert load(tmp_path, data).annotations[0].iscrowd is is_crowd
+
+
 def change(*keys: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     def apply(data: dict[str, Any]) -> None:
         *path, last = keys

@@ -75,6 +75,8 @@ def test_a_system_of_the_paper_by_name(data: Path, run: Run, tmp_path: Path) -> 
     ("more", "message"),
     [
         (["--recipe", "learning_rat=1"], "unknown key 'learning_rat' in the recipe"),
+        (["--set", "model=rpn"], "--set model=rpn and --model faster_rcnn are at odds"),
+        (["--set", "box_detections_per_img=5", "--model", "rpn"], "box_detections_per_img follows from --model rpn"),
         (["--recipe", "steps=soon"], "steps in the recipe has a value of the wrong form"),
         (["--recipe", "freeze_norm=False"], "freeze_norm in the recipe has a value of the wrong form"),
         (["--recipe", "scales=[1]"], "scales in the recipe has a value of the wrong form: [1] is not two numbers"),
@@ -123,6 +125,12 @@ def test_images_to_score_masks_on_are_looked_for_before_training(run: Run, tmp_p
     assert "2 of 2 annotated images are not in" in done.err
     assert "check --val-images" in done.err
     assert not (tmp_path / "run").exists()
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps(json.loads(data.read_text()) | {"annotations": []}))
+    done = run("train", *given, "--val-annotations", str(empty), "-o", str(tmp_path / "run"))
+    assert (done.code, "empty.json has no object to score on" in done.err) == (1, True)
+    done = run("train", *given, "--system", "dual", "--set", "heads=[]", "-o", str(tmp_path / "run"))
+    assert (done.code, "heads follows from --system" in done.err) == (2, True)
 
 
 def test_annotations_of_different_classes_are_refused(data: Path, run: Run, tmp_path: Path) -> None:

@@ -112,6 +112,14 @@ def test_images_are_found_by_name_then_by_id() -> None:
     assert find(other, "1.png", {"1.png": 2, "2.png": 1}) == [BEST]
 
 
+def test_it_is_not_guessed_which_of_several_images_is_meant() -> None:
+    """As two files give them that were joined: the last would silently take the place of the others."""
+    for name in ("1.png", None):
+        same = [ProposedImage(file_name=name, image_id=1, proposals=make_boxes(box)) for box in (BEST, WORST)]
+        with pytest.raises(ProposalError, match=r"proposals of several images for 'images/1\.png'"):
+            find(same, "images/1.png", {"1.png": 1})
+
+
 @pytest.mark.parametrize("ids", [None, {"c.png": 9}, {"d.png": 4}, {"c.png": 7}])
 def test_an_image_that_is_not_in_the_file(ids: dict[str, int] | None) -> None:
     with pytest.raises(ProposalError, match=r"^p\.json has no proposals for the image 'images/c\.png'; give the file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,8 @@ def train(
     ] = 800,
     max_size: Annotated[int, typer.Option(help="Most pixels of the long side.", rich_help_panel=MODEL)] = 1333,
     fpn_channels: Annotated[
-        int | None, typer.Option(help="Width of the pyramid; default 256, of fpn-masks 128.", rich_help_panel=MODEL)
+        int | None,
+        typer.Option(min=1, help="Width of the pyramid; default 256, of fpn-masks 128.", rich_help_panel=MODEL),
     ] = None,
     representation_size: Annotated[
         int, typer.Option(min=1, help="Width of the box head's hidden layers.", rich_help_panel=MODEL)
@@ -164,6 +166,7 @@ def train(
         raise typer.BadParameter("give one, or one for each --annotations", param_hint="--images")
     habits = Habits(validate_every=validate_every, save_every=save_every, workers=workers)
     sizes = {"min_size": min_size, "max_size": max_size}
+    set_values = assignments(set_ or [])
     if arch == MASKS:
         if model != "faster_rcnn" or proposals or alternating or representation_size != 1024:
             raise typer.BadParameter(
@@ -175,8 +178,8 @@ def train(
             val_annotations=val_annotations,
             val_images=val_images,
             output=output,
-            spec=sizes | ({} if fpn_channels is None else {"fpn_channels": fpn_channels}) | assignments(set_ or []),
-            variant=system or "dual",
+            spec=sizes | ({} if fpn_channels is None else {"fpn_channels": fpn_channels}) | set_values,
+            variant=_choose_variant(system, set_values),
             recipe=given_recipe | assignments(recipe_ or [], "--recipe"),
             steps=steps,
             epochs=PAPER_EPOCHS if epochs is None else epochs,
@@ -189,6 +192,8 @@ def train(
     truths = [load_annotations(path) for path in annotations]
     if any(truth.categories != truths[0].categories for truth in truths):
         raise FpnEngineError("the annotation files have different categories; give those of one data set")
+    if set_values.get("model", model) != model:
+        raise FpnEngineError(f"--set model={set_values['model']} and --model {model} are at odds; give --model alone")
     base = ModelSpec.from_dict(
         {
             "categories": [{"id": c.id, "name": c.name} for c in truths[0].categories],
@@ -196,11 +201,13 @@ def train(
             "fpn_channels": fpn_channels or 256,
         }
         | sizes
-        | assignments(set_ or [])
+        | set_values
     )
     spec = make_system(base, system or "fpn", model)
+    if set_values.get("box_detections_per_img", spec.box_detections_per_img) != spec.box_detections_per_img:
+        raise FpnEngineError(f"box_detections_per_img follows from --model {model}; leave it out of --set")
     if epochs is None:
-        epochs = PAPER_EPOCHS * (2 if arch == "resnet101" else 1)
+        epochs = PAPER_EPOCHS * (2 if spec.arch == "resnet101" else 1)
     with_objects = sum(len({a.image_id for a in truth.annotations if not a.iscrowd}) for truth in truths)
     given_recipe |= assignments(recipe_ or [], "--recipe")
     steps = steps or count_steps(epochs, with_objects, given_recipe["batch_size"])
@@ -231,6 +238,15 @@ def train(
         best = "" if outcome.best is None else f", best {'AR1000' if spec.model == 'rpn' else 'AP'} {outcome.best:.3f}"
         note(f"trained {recipe.steps} steps{best}")
         suggest("export", output / "best.pth")
+
+
+def _choose_variant(system: str | None, set_values: Mapping[str, Any]) -> str | None:
+    """Of the mask systems, or none if the values say it all."""
+    if "heads" not in set_values:
+        return system or "dual"
+    if system is not None:
+        raise typer.BadParameter("heads follows from --system; give one of them", param_hint="--set")
+    return None
 
 
 def _find_each(annotations: list[Path], named: list[Path] | None) -> list[Path]:

@@ -23,7 +23,7 @@ def train_masks(
     val_images: Path | None,
     output: Path,
     spec: Mapping[str, Any],
-    variant: str,
+    variant: str | None,
     recipe: Mapping[str, Any],
     steps: int | None,
     epochs: float,
@@ -39,7 +39,7 @@ def train_masks(
     """
     import hashlib
 
-    from fpn_engine.ground_truth import check_images
+    from fpn_engine.ground_truth import check_images, check_objects
     from fpn_engine.masks.ground_truth import load_segments
     from fpn_engine.masks.spec import MaskSpec
     from fpn_export.masks.examples import AnnotatedSegments
@@ -57,16 +57,18 @@ def train_masks(
         truth, val_folder = load_segments(val_annotations), val_images or folder
         pictures = [val_folder / image.file_name for image in truth.truth.images]
         check_images(pictures, val_folder, "--val-images")
+        check_objects(truth.truth, val_annotations)
         validation = SegmentValidation(truth, pictures.__getitem__)
     steps = steps or count_steps(epochs, len(examples), recipe["batch_size"])
     made = make_recipe(**({"steps": steps} | dict(recipe)))
     job = MaskJob(
-        spec=make_variant(MaskSpec.from_dict(spec), variant),
+        spec=MaskSpec.from_dict(spec) if variant is None else make_variant(MaskSpec.from_dict(spec), variant),
         recipe=made,
         output=output,
         examples=examples,
         data={"annotations": hashlib.sha256(annotations[0].read_bytes()).hexdigest()},
         validation=validation,
+        validated_on=None if val_annotations is None else hashlib.sha256(val_annotations.read_bytes()).hexdigest(),
         habits=habits,
         init=init,
         device=device,

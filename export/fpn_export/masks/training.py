@@ -25,8 +25,7 @@ from fpn_export.masks.step import MaskLoss, compute_mask_losses
 from fpn_export.masks.targets import PAPER_EXAMPLES
 from fpn_export.training.examples import Examples
 from fpn_export.training.initial_weights import load_initial_weights
-from fpn_export.training.job import Outcome
-from fpn_export.training.processes import join_processes, leave_processes
+from fpn_export.training.job import Outcome, joined
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
 from fpn_export.training.recipe import PAPER_BATCH, Recipe
 from fpn_export.training.run_folder import RunFolder
@@ -58,7 +57,7 @@ class MaskJob:
     Attributes:
         spec: the model. recipe: see :func:`make_recipe`. output: folder of the run.
         examples: what to learn. data: what identifies them, JSON-ready.
-        validation: what the model is scored by, or None.
+        validation: what the model is scored by, or None. validated_on: what identifies its images.
         init: a file for :func:`fpn_export.training.initial_weights.load_initial_weights`, or None: from scratch.
         device: "cpu", "cuda", or None for whichever is there. restart: forget the run in the folder.
     """
@@ -69,6 +68,7 @@ class MaskJob:
     examples: MaskExamples
     data: Mapping[str, Any]
     validation: SegmentValidation | None = None
+    validated_on: str | None = None
     habits: Habits = field(default_factory=Habits)
     init: Path | None = None
     device: str | None = None
@@ -101,8 +101,7 @@ def train_masks(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    processes = join_processes(job.device)
-    try:
+    with joined(job.device, job.recipe.batch_size) as processes:
         folder = RunFolder(job.output, alone=processes.is_first)
         try:
             if job.restart and processes.is_first:
@@ -122,13 +121,12 @@ def train_masks(
                 data={**job.data, "init": taken.sha256 if taken else None},
                 habits=job.habits,
                 validation=cast("Validation | None", job.validation),
+                validated_on=job.validated_on,
             )
             complete = trainer.run(on_progress, should_stop)
             return Outcome(complete=complete, step=trainer.step, best=trainer.best)
         finally:
             folder.close()
-    finally:
-        leave_processes(processes)
 
 
 class MaskTrainer(Trainer):

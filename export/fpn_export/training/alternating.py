@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fpn_engine.annotations import load_annotations
 from fpn_engine.engine import Engine
-from fpn_engine.errors import SpecError
+from fpn_engine.errors import CheckpointError, SpecError
 from fpn_engine.proposal_file import save_proposals
 from fpn_engine.proposals import ProposedImage
 from fpn_engine.spec import OBJECT
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.detector import FpnDetector, make_detector
-from fpn_export.training.job import Job, Outcome, joined, make_validation, train_joined
+from fpn_export.training.job import Job, Outcome, identify, joined, make_validation, train_joined
 from fpn_export.training.processes import Processes
-from fpn_export.training.run_folder import BEST, LAST, RunFolder
+from fpn_export.training.run_folder import BEST, LAST, STATE, RunFolder
 from fpn_export.training.step import with_proposals
 from fpn_export.training.trainer import Progress
 from fpn_export.training.validation import main_figure, propose
@@ -65,21 +67,29 @@ def train_alternating(
     """
     if job.spec.model != "faster_rcnn":
         raise SpecError(f"alternating training makes a faster_rcnn, not a {job.spec.model}")
-    with joined(job) as processes:
-        return _train_steps(job, processes, on_progress, should_stop, on_note)
+    with joined(job.device, job.recipe.batch_size) as processes:
+        folder = RunFolder(job.output, alone=processes.is_first)
+        try:
+            return _train_steps(job, processes, folder, on_progress, should_stop, on_note)
+        finally:
+            folder.close()
 
 
 def _train_steps(
     job: Job,
     processes: Processes,
+    folder: RunFolder,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
     on_note: Callable[[str], None],
 ) -> Outcome:
     if job.restart and processes.is_first:
+        folder.clear()
         for step in STEPS:
             shutil.rmtree(job.output / step.name, ignore_errors=True)
     processes.wait()
+    if os.path.exists(job.output / STATE):
+        raise CheckpointError(f"{job.output} holds a run that is not alternating; give another folder, or --restart")
     job = dataclasses.replace(job, restart=False)
     for step in STEPS:
         if processes.is_first:
@@ -88,21 +98,19 @@ def _train_steps(
         if not outcome.complete:
             return outcome
         if step.model == "rpn":
-            if processes.is_first:
-                _write_proposals(step, job)
-            processes.wait()
-    return _save_joined_model(job) if processes.is_first else outcome
+            done = not processes.is_first or _write_proposals(step, job, processes.device, should_stop)
+            if processes.agree(not done):
+                return Outcome(complete=False, step=outcome.step, best=None)
+    return _save_joined_model(job, processes.device, folder) if processes.is_first else outcome
 
 
-def _save_joined_model(job: Job) -> Outcome:
-    model = join_models(job, job.output / STEPS[2].name / MODEL, job.output / STEPS[3].name / MODEL)
+def _save_joined_model(job: Job, device: torch.device, folder: RunFolder) -> Outcome:
+    model = join_models(job, job.output / STEPS[2].name / MODEL, job.output / STEPS[3].name / MODEL).to(device)
     validation = make_validation(job)
     score = validation(model) if validation else None
     about = {"recipe": job.recipe.to_dict(), "schedule": "alternating, four steps"}
-    folder = RunFolder(job.output)
     for name in (BEST, LAST):
         folder.save_model(name, model, about)
-    folder.close()
     return Outcome(complete=True, step=job.recipe.steps, best=main_figure(score)[1] if score else None)
 
 
@@ -128,6 +136,7 @@ def _job_of(step: Step, job: Job) -> Job:
         output=job.output / step.name,
         init=job.output / step.starts_from / MODEL if step.starts_from else job.init,
         proposals=proposals,
+        paired_proposals=True,
         shared_frozen=step.shared_frozen,
     )
 
@@ -137,20 +146,21 @@ def _proposal_files(folder: Path, job: Job) -> list[tuple[Path, Path, Path]]:
     sources = list(zip(job.annotations, job.images, strict=True))
     if job.val_annotations is not None:
         sources.append((job.val_annotations, job.val_images or job.images[0]))
-    return [(folder / f"proposals-{i}.npz", *source) for i, source in enumerate(sources)]
+    return [(folder / f"proposals-{identify(source)[:12]}.npz", source, images) for source, images in sources]
 
 
-def _write_proposals(step: Step, job: Job) -> None:
-    """As many as a step draws its RoIs from; what is there already stays."""
-    model = load_checkpoint(job.output / step.name / MODEL).model
+def _write_proposals(step: Step, job: Job, device: torch.device, should_stop: Callable[[], bool]) -> bool:
+    """As many as a step draws its RoIs from; what is there already stays. Returns: whether all are there."""
+    model = load_checkpoint(job.output / step.name / MODEL).model.to(device)
     model.spec = with_proposals(model.spec, job.recipe.proposals_per_image)
     for path, source, images in _proposal_files(job.output / step.name, job):
         if os.path.exists(path):
             continue
         truth = load_annotations(source)
-        names = {image.id: image.file_name for image in truth.images}
-        found = propose(Engine(model.pipeline, graphs=False), truth, images)
-        save_proposals(
-            path,
-            [ProposedImage(file_name=names[i], image_id=i, proposals=proposals) for i, proposals in found.items()],
-        )
+        found = []
+        for image, proposals in propose(Engine(model.pipeline, graphs=False), truth, images):
+            found.append(ProposedImage(file_name=image.file_name, image_id=image.id, proposals=proposals))
+            if should_stop():
+                return False
+        save_proposals(path, found)
+    return True

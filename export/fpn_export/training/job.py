@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from fpn_engine.annotations import CocoGroundTruth, load_annotations
-from fpn_engine.errors import AnnotationError, FpnEngineError, ProposalError
+from fpn_engine.errors import FpnEngineError, ProposalError
+from fpn_engine.ground_truth import check_objects
 from fpn_engine.proposal_file import load_proposals
 from fpn_engine.proposals import GivenProposals
 from fpn_engine.spec import ModelSpec
@@ -38,7 +39,8 @@ class Job:
         output: folder of the run.
         spec: the model. representation_size: width of the box head's hidden layers.
         init: a file for :func:`load_initial_weights`, or None to start from scratch.
-        proposals: files of them for a Fast R-CNN, each for images of any of the annotations.
+        proposals: files of them for a Fast R-CNN, each for images of any of the annotations, or if they are paired one
+            for each of the annotations, then one of val_annotations.
         shared_frozen: fix backbone and pyramid (steps 3 and 4 of alternating training).
         device: "cpu", "cuda", or None for whichever is there.
         restart: forget the run in the folder.
@@ -55,6 +57,7 @@ class Job:
     habits: Habits = field(default_factory=Habits)
     init: Path | None = None
     proposals: Sequence[Path] = ()
+    paired_proposals: bool = False
     shared_frozen: bool = False
     device: str | None = None
     restart: bool = False
@@ -79,7 +82,7 @@ def train(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    with joined(job) as processes:
+    with joined(job.device, job.recipe.batch_size) as processes:
         return train_joined(job, processes, on_progress, should_stop, on_note)
 
 
@@ -104,7 +107,7 @@ def train_joined(
             folder,
             processes,
             data={
-                "annotations": [_identify(*each) for each in zip(job.annotations, truths, strict=True)],
+                "annotations": [identify(*each) for each in zip(job.annotations, truths, strict=True)],
                 "init": taken.sha256 if taken else None,
                 "proposals": [_digest(path.read_bytes()) for path in job.proposals],
                 "representation_size": job.representation_size,
@@ -112,6 +115,7 @@ def train_joined(
             habits=job.habits,
             shared_frozen=job.shared_frozen,
             validation=validation,
+            validated_on=None if job.val_annotations is None else identify(job.val_annotations),
         )
         if trainer.step and processes.is_first:
             on_note(f"going on after step {trainer.step} of {job.recipe.steps} in {job.output}")
@@ -132,8 +136,8 @@ def _join_examples(job: Job, truths: Sequence[CocoGroundTruth]) -> Examples:
     categories = truths[0].categories if job.spec.model == "rpn" else job.spec.categories
     return JoinedExamples(
         [
-            AnnotatedExamples(truth, images, categories, _find_proposals(job, truth))
-            for truth, images in zip(truths, job.images, strict=True)
+            AnnotatedExamples(truth, images, categories, _find_proposals(job, truth, place))
+            for place, (truth, images) in enumerate(zip(truths, job.images, strict=True))
         ]
     )
 
@@ -145,30 +149,31 @@ def make_validation(job: Job) -> CocoValidation | None:
     val_truth = load_annotations(job.val_annotations)
     if job.spec.model != "rpn":
         val_truth.check_categories(job.spec.categories)
-    if not any(not annotation.iscrowd for annotation in val_truth.annotations):
-        raise AnnotationError(f"{job.val_annotations} has no object to score on")
-    return CocoValidation(val_truth, job.val_images or job.images[0], _find_proposals(job, val_truth))
+    check_objects(val_truth, job.val_annotations)
+    proposals = _find_proposals(job, val_truth, len(job.annotations))
+    return CocoValidation(val_truth, job.val_images or job.images[0], proposals)
 
 
-def _find_proposals(job: Job, truth: CocoGroundTruth) -> GivenProposals | None:
+def _find_proposals(job: Job, truth: CocoGroundTruth, place: int) -> GivenProposals | None:
+    """Those for the images of ``truth``, which is at ``place`` of the annotations, or after them to be scored on."""
     if job.spec.has_rpn:
         return None
     if not job.proposals:
         raise ProposalError("a Fast R-CNN learns among given proposals; give a file of them with --proposals")
-    listed = [image for path in job.proposals for image in load_proposals(path)]
-    return GivenProposals(job.proposals[0], listed, truth.image_ids)
+    files = [job.proposals[place]] if job.paired_proposals else job.proposals
+    listed = [image for path in files for image in load_proposals(path)]
+    return GivenProposals(files[0], listed, truth.image_ids)
 
 
 @contextlib.contextmanager
-def joined(job: Job) -> Iterator[Processes]:
-    """This process among those of the job. Raises: FpnEngineError if they cannot share its batch."""
-    processes = join_processes(job.device)
-    if job.recipe.batch_size % processes.world_size:
-        raise FpnEngineError(
-            f"a batch of {job.recipe.batch_size} does not divide among {processes.world_size} processes; "
-            "give another --batch"
-        )
+def joined(device: str | None, batch_size: int) -> Iterator[Processes]:
+    """This process among those of a job. Raises: FpnEngineError if they cannot share its batch."""
+    processes = join_processes(device)
     try:
+        if batch_size % processes.world_size:
+            raise FpnEngineError(
+                f"a batch of {batch_size} does not divide among {processes.world_size} processes; give another --batch"
+            )
         yield processes
     finally:
         leave_processes(processes)
@@ -186,9 +191,9 @@ def _opened(job: Job, processes: Processes) -> Iterator[RunFolder]:
         folder.close()
 
 
-def _identify(path: Path, truth: CocoGroundTruth) -> str:
-    """Digest of the file; of VOC's, which are many, of what they say."""
-    return _digest(repr(truth).encode() if is_voc(path) else path.read_bytes())
+def identify(path: Path, truth: CocoGroundTruth | None = None) -> str:
+    """Digest of an annotation file; of VOC's, which are many, of what they say, ``truth`` if that is known."""
+    return _digest(repr(truth or load_annotations(path)).encode() if is_voc(path) else path.read_bytes())
 
 
 def _digest(data: bytes) -> str:

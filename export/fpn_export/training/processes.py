@@ -29,6 +29,14 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def agree(self, wish: bool) -> bool:
+        """Whether any process has the wish; all of them ask, and get the same answer."""
+        if self.world_size == 1:
+            return wish
+        any_wish = torch.tensor(float(wish), device=self.device)
+        dist.all_reduce(any_wish)
+        return bool(any_wish > 0)
+
 
 def join_processes(device: str | None = None) -> Processes:
     """Join the others that torchrun started, or stand alone; the device is CUDA where there is one.

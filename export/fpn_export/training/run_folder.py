@@ -40,6 +40,7 @@ class State:
         best: the main figure of the best model so far, or None.
         seconds: of training so far.
         score_due: the model is to be scored at this step and was not, since an image could not be read.
+        validated_on: what identifies the images by which it was the best, or None if that is not known.
     """
 
     step: int
@@ -49,6 +50,7 @@ class State:
     best: float | None
     seconds: float
     score_due: bool = False
+    validated_on: str | None = None
 
 
 class RunFolder:

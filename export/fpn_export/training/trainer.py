@@ -58,13 +58,14 @@ class Trainer:
     """Trains ``model`` in ``folder``; takes the run there up if one was begun under the same settings.
 
     Everything random depends on the seed and the step alone, so a run that was stopped ends with the same weights as
-    one that was not (on one machine and number of threads).
+    one that was not (on one CPU and number of threads, in at most two processes).
 
     Args:
         model: with initial weights; trained in place.
         examples: what it learns from. data: what identifies them and the initial weights, JSON-ready.
         shared_frozen: fix backbone and pyramid (steps 3 and 4 of alternating training).
-        validation: scores the model; None keeps only the last one.
+        validation: scores the model; None keeps only the last one. validated_on: what identifies its images; a best
+            model so far by other ones is no longer the best.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class Trainer:
         habits: Habits | None = None,
         shared_frozen: bool = False,
         validation: Validation | None = None,
+        validated_on: str | None = None,
     ) -> None:
         # Channels last is what convolutions compute in, on CUDA and in oneDNN.
         self.model = model.to(processes.device).to(memory_format=torch.channels_last)
         self._examples, self._recipe, self.folder, self._processes = examples, recipe, folder, processes
         self._habits = habits or Habits()
-        self._validation = validation
+        self._validation, self._validated_on = validation, validated_on
         self._settings: dict[str, Any] = {
             "spec": model.spec.to_dict(),
             "recipe": recipe.to_dict(),
@@ -153,7 +155,7 @@ class Trainer:
                         score=score,
                     )
                 )
-            stopping = self._agree(should_stop())
+            stopping = self._processes.agree(should_stop())
             if processes.is_first and (done or stopping or score or self.step % habits.save_every == 0):
                 self._save()
             if stopping:
@@ -200,10 +202,11 @@ class Trainer:
             f"{head}_{name}": part.item() for head, loss in parts.items() for name, part in loss._asdict().items()
         }
         values["loss"] = total.item()
-        if not torch.isfinite(total):
+        is_finite = bool(torch.isfinite(total))
+        if processes.agree(not is_finite):
+            loss = "another process's loss became NaN or infinite" if is_finite else f"the loss became {values['loss']}"
             raise NonFiniteError(
-                f"the loss became {values['loss']} at step {self.step + 1}; a lower --learning-rate, a longer "
-                "--warmup or --clip-norm helps"
+                f"{loss} at step {self.step + 1}; a lower --learning-rate, a longer --warmup or --clip-norm helps"
             )
         self._optimizer.step()
         return values
@@ -218,21 +221,24 @@ class Trainer:
             batch = next(batches)
         except FpnEngineError as error:
             failure = error
-        if self._agree(failure is not None):
+        if self._processes.agree(failure is not None):
             raise self._saved_despite(failure or FpnEngineError("another process cannot read its images and says why"))
         return batch
 
     def _take_score(self) -> Score | None:
         """The first process's score of the model, if it is to be scored. Raises: FpnEngineError, the state saved."""
-        score = None
-        if self._validation and self._processes.is_first:
+        if self._validation is None:
+            return None
+        score, failure = None, None
+        if self._processes.is_first:
             self._score_due = True
             try:
                 score = self._validate(self._validation)
-            except NonFiniteError:
-                raise
             except FpnEngineError as error:
-                raise self._saved_despite(error) from None
+                failure = error
+        if self._processes.agree(failure is not None):
+            failure = failure or FpnEngineError("the first process cannot score the model and says why")
+            raise failure if isinstance(failure, NonFiniteError) else self._saved_despite(failure)
         self._score_due = False
         return score
 
@@ -268,14 +274,6 @@ class Trainer:
             "data": self._settings["data"],
         }
 
-    def _agree(self, stop: bool) -> bool:
-        """Whether any process wants to stop."""
-        if self._processes.world_size == 1:
-            return stop
-        wish = torch.tensor(float(stop), device=self._processes.device)
-        torch.distributed.all_reduce(wish)
-        return bool(wish > 0)
-
     def _save(self) -> None:
         self.folder.save_state(
             State(
@@ -286,13 +284,15 @@ class Trainer:
                 best=self.best,
                 seconds=self._seconds,
                 score_due=self._score_due,
+                validated_on=self._validated_on,
             )
         )
 
     def _restore(self, state: State) -> None:
         self.model.load_state_dict(dict(state.weights))
         self._optimizer.load_state_dict(dict(state.optimizer))
-        self.step, self.best, self._seconds = state.step, state.best, state.seconds
+        self.step, self._seconds = state.step, state.seconds
+        self.best = state.best if state.validated_on in (None, self._validated_on) else None
         self._score_due = state.score_due
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fpn_engine.annotations import CocoGroundTruth
 from fpn_engine.engine import Engine
 from fpn_engine.evaluation import DetectionScore, ProposalScore, score_detections, score_proposals
-from fpn_engine.ground_truth import check_images, check_size
+from fpn_engine.ground_truth import AnnotatedImage, check_images, check_size
+from fpn_engine.images import to_array
 from fpn_engine.proposals import ProposalBoxes
 from fpn_engine.results import coco_results
 from fpn_export.detector import FpnDetector
@@ -40,7 +41,8 @@ class CocoValidation:
         """Raises: FpnEngineError for an image that cannot be read or has another size, or if the network gives NaN."""
         engine = Engine(model.pipeline, graphs=False)
         if model.spec.model == "rpn":
-            return score_proposals(self._truth, propose(engine, self._truth, self._folder))
+            found = {image.id: proposals for image, proposals in propose(engine, self._truth, self._folder)}
+            return score_proposals(self._truth, found)
         results: list[dict[str, Any]] = []
         for image in self._truth.images:
             given = None if self._proposals is None else [self._proposals(image.file_name)]
@@ -51,6 +53,9 @@ class CocoValidation:
         return score_detections(self._truth, results)
 
 
-def propose(engine: Engine, truth: CocoGroundTruth, folder: Path) -> dict[int, ProposalBoxes]:
-    """The proposals of every annotated image, by its id."""
-    return {image.id: engine.propose(folder / image.file_name)[0] for image in truth.images}
+def propose(engine: Engine, truth: CocoGroundTruth, folder: Path) -> Iterator[tuple[AnnotatedImage, ProposalBoxes]]:
+    """Every annotated image with its proposals. Raises: ImageError if it cannot be read or has another size."""
+    for image in truth.images:
+        pixels = to_array(folder / image.file_name)
+        check_size(folder / image.file_name, pixels.shape[:2], (image.height, image.width))
+        yield image, engine.propose(pixels)[0]

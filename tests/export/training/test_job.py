@@ -22,13 +22,17 @@ from fpn_engine.errors import (
 )
 from fpn_engine.spec import OBJECT, Category
 from fpn_export.checkpoint import load_checkpoint
+from fpn_export.masks.examples import SceneExamples
+from fpn_export.masks.training import MaskJob, train_masks
 from fpn_export.systems import SYSTEMS, make_system
 from fpn_export.training.alternating import STEPS, train_alternating
 from fpn_export.training.examples import AnnotatedExamples
-from fpn_export.training.job import Job, train
+from fpn_export.training.job import Job, identify, train
 from fpn_export.training.recipe import Recipe
+from fpn_export.training.run_folder import RunFolder
 from fpn_export.training.trainer import Habits
 from tests.engine.voc_files import write_object, write_xml
+from tests.export.masks.tiny import tiny_spec as tiny_mask_spec
 from tests.export.training.squares import tiny_spec, write_squares
 
 RECIPE = Recipe(
@@ -111,6 +115,59 @@ def test_alternating_training_goes_on_where_it_was_stopped(data: Path, run_path:
     assert seen == [1, 2, 3, 4] * 4
     a, b = (torch.load(path / "last.pth", weights_only=True) for path in (whole, run_path))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_alternating_training_takes_proposals_of_the_right_images(run_path: Path, tmp_path: Path) -> None:
+    """Generated sets call their images alike: each file of proposals is for its own annotations."""
+    paths = [write_squares(tmp_path / str(seed), seed=seed, count=2) for seed in (1, 2, 3)]
+    sets = {"annotations": paths[:2], "images": [path.parent / "images" for path in paths[:2]]}
+    job = make_job(paths[0], run_path, **sets, val_annotations=paths[2], val_images=paths[2].parent / "images")
+    assert train_alternating(job).complete
+    files = [run_path / "1-rpn" / f"proposals-{identify(path)[:12]}.npz" for path in paths]
+    assert {*files} == {*(run_path / "1-rpn").glob("*.npz")}
+    job = make_job(paths[0], tmp_path / "guess", **sets, spec=dataclasses.replace(job.spec, model="fast_rcnn"))
+    with pytest.raises(ProposalError, match="have proposals of several images for"):
+        train(dataclasses.replace(job, proposals=files[:2]))
+    assert train(
+        dataclasses.replace(job, output=tmp_path / "told", proposals=files[:2], paired_proposals=True)
+    ).complete
+
+
+def test_alternating_training_keeps_its_folder_to_itself(data: Path, run_path: Path) -> None:
+    folder = RunFolder(run_path)
+    with pytest.raises(CheckpointError, match="another run is training in"):
+        train_alternating(make_job(data, run_path, restart=True))
+    folder.close()
+    assert train(make_job(data, run_path)).complete
+    with pytest.raises(CheckpointError, match="holds a run that is not alternating; give another folder, or --restart"):
+        train_alternating(make_job(data, run_path))
+    assert train_alternating(make_job(data, run_path, restart=True)).complete
+
+
+def test_alternating_training_stops_while_it_writes_proposals(data: Path, run_path: Path) -> None:
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return len(asked) == RECIPE.steps + 2
+
+    assert not train_alternating(make_job(data, run_path), should_stop=should_stop).complete
+    assert (run_path / "1-rpn" / "last.pth").exists()
+    assert not list((run_path / "1-rpn").glob("*.npz"))
+    assert train_alternating(make_job(data, run_path)).complete
+
+
+def test_the_best_by_other_images_is_not_the_best(data: Path, run_path: Path, tmp_path: Path) -> None:
+    job = make_job(data, run_path, val_annotations=data, habits=Habits(validate_every=1, save_every=1))
+    train(job, should_stop=lambda: True)
+    state = torch.load(run_path / "state.pt", weights_only=True)
+    torch.save(state | {"best": 2.0}, run_path / "state.pt")  # what no score reaches
+    assert train(job).best == 2
+    torch.save(state | {"best": 2.0}, run_path / "state.pt")
+    other = write_squares(tmp_path / "other", seed=5, count=3)
+    best = train(dataclasses.replace(job, val_annotations=other, val_images=other.parent / "images")).best
+    assert best is not None
+    assert best < 2
 
 
 def test_a_fast_rcnn_needs_proposals(data: Path, run_path: Path) -> None:
@@ -200,6 +257,9 @@ def test_a_batch_that_does_not_divide_is_said(data: Path, run_path: Path, monkey
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(FpnEngineError, match="a batch of 2 does not divide among 3 processes"):
         train(make_job(data, run_path))
+    masks = MaskJob(spec=tiny_mask_spec(), recipe=RECIPE, output=run_path, examples=SceneExamples(1, 1), data={})
+    with pytest.raises(FpnEngineError, match="a batch of 2 does not divide among 3 processes"):
+        train_masks(masks)
 
 
 def test_a_gpu_that_is_not_there_is_said(data: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

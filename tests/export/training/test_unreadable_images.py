@@ -75,11 +75,28 @@ def images() -> Damaged:
     return Damaged(seed=1, count=20)
 
 
+class Second:
+    """The second of two processes; the first has its wish when they ask each other for the ``at``-th time."""
+
+    rank, world_size, is_first, device = 0, 1, False, torch.device("cpu")
+
+    def __init__(self, at: int) -> None:
+        self._at, self.asked = at, 0
+
+    def wait(self) -> None:
+        pass
+
+    def agree(self, wish: bool) -> bool:
+        self.asked += 1
+        return wish or self.asked == self._at
+
+
 def make_trainer(path: Path, images: Squares, **options: Any) -> Trainer:
     torch.manual_seed(0)
     model = make_detector(tiny_spec(body_width=8, fpn_channels=8), representation_size=16)
     options = {"habits": Habits(validate_every=2, save_every=100), "data": {}} | options
-    return Trainer(model, images, RECIPE, RunFolder(path), Processes(device=torch.device("cpu")), **options)
+    processes = options.pop("processes", Processes(device=torch.device("cpu")))
+    return Trainer(model, images, RECIPE, RunFolder(path), processes, **options)
 
 
 def read_rows(path: Path, name: str) -> list[list[str]]:
@@ -169,3 +186,23 @@ def test_only_its_error_is_named_amid_an_update(
         trainer.run()
     assert str(raised.value).endswith(said if said == "something else" else "goes on from the last saved state")
     assert not (run_path / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("at", "sentence"),
+    [
+        (4, "another process cannot read its images and says why; stopped after step 1"),
+        (2, "another process's loss became NaN or infinite at step 1; a lower --learning-rate"),
+        (6, "the first process cannot score the model and says why; stopped after step 2"),
+    ],
+)
+def test_no_process_waits_for_one_that_failed(at: int, sentence: str, run_path: Path, images: Damaged) -> None:
+    """Each asks the others before it goes on; it would wait for hours in the next sum over all of them."""
+    processes = Second(at)
+    trainer = make_trainer(run_path, images, validation=Scores(), processes=processes)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(FpnEngineError, match=f"^{sentence}"):
+        trainer.run()
+    assert processes.asked == at
+    if at == 2:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.named_parameters())
