@@ -98,7 +98,8 @@ def measure(
     model.spec = dataclasses.replace(model.spec, rpn_pre_nms_top_n_test=candidates)
     truth = load_annotations(test)
     began = time.perf_counter()
-    score = score_proposals(truth, propose(Engine(model.pipeline), truth, test.parent / IMAGES))
+    proposed = propose(Engine(model.pipeline), truth, test.parent / IMAGES)
+    score = score_proposals(truth, {image.id: proposals for image, proposals in proposed})
     return {
         "what": f"RPN, {system}, {SYSTEMS[system].summary}",
         "paper": SYSTEMS[system].rows,

@@ -146,7 +146,8 @@ def _proposal_files(folder: Path, job: Job) -> list[tuple[Path, Path, Path]]:
     sources = list(zip(job.annotations, job.images, strict=True))
     if job.val_annotations is not None:
         sources.append((job.val_annotations, job.val_images or job.images[0]))
-    return [(folder / f"proposals-{identify(source)[:12]}.npz", source, images) for source, images in sources]
+    names = [f"proposals-{place}-{identify(source)[:12]}.npz" for place, (source, _) in enumerate(sources)]
+    return [(folder / name, *source) for name, source in zip(names, sources, strict=True)]
 
 
 def _write_proposals(step: Step, job: Job, device: torch.device, should_stop: Callable[[], bool]) -> bool:

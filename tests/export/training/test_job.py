@@ -123,7 +123,7 @@ def test_alternating_training_takes_proposals_of_the_right_images(run_path: Path
     sets = {"annotations": paths[:2], "images": [path.parent / "images" for path in paths[:2]]}
     job = make_job(paths[0], run_path, **sets, val_annotations=paths[2], val_images=paths[2].parent / "images")
     assert train_alternating(job).complete
-    files = [run_path / "1-rpn" / f"proposals-{identify(path)[:12]}.npz" for path in paths]
+    files = [run_path / "1-rpn" / f"proposals-{i}-{identify(path)[:12]}.npz" for i, path in enumerate(paths)]
     assert {*files} == {*(run_path / "1-rpn").glob("*.npz")}
     job = make_job(paths[0], tmp_path / "guess", **sets, spec=dataclasses.replace(job.spec, model="fast_rcnn"))
     with pytest.raises(ProposalError, match="have proposals of several images for"):
