@@ -35,10 +35,11 @@ def test_fp8_end_to_end(model: ModelProto, photographs: Path, tmp_path: Path, mo
         build_plan(tmp_path / "model.onnx", tmp_path / "model.plan")
 
 
-def test_the_plan_gives_what_was_scored(
+def test_the_plan_on_onnxruntime_gives_what_was_scored(
     quantized: tuple[ModelProto, Report], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FPN_ENGINE_CACHE", str(tmp_path / "cache"))
+    settle_contest(monkeypatch, "onnxruntime")
     onnx.save(quantized[0], str(tmp_path / "model.int8.onnx"))
     built = build_plan(tmp_path / "model.int8.onnx", tmp_path / "model.plan")
     assert (built.manifest.backend, built.manifest.precision) == ("onnxruntime", "int8")
