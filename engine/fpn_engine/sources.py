@@ -32,8 +32,8 @@ def list_images(inputs: Iterable[str | os.PathLike[str]], *, recursive: bool = F
     Args:
         inputs: file names, folders, globs; one of them may stand alone.
         recursive: look into the subfolders of a folder as well, without following links to folders.
-    Raises: ImageError, when it is reached, for a folder that holds no image or cannot be listed and for a
-        glob that matches no image.
+    Raises: ImageError, when it is reached, for a folder that holds no image or cannot be listed, for a glob that
+        matches no image, and for an empty name, as of a shell's variable that is not set.
     """
     seen: set[str] = set()
     for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
@@ -46,6 +46,8 @@ def list_images(inputs: Iterable[str | os.PathLike[str]], *, recursive: bool = F
 
 
 def _expand(name: str, recursive: bool) -> Iterator[str]:
+    if not name:
+        raise ImageError("the name of an image is empty; give a file, a folder or a glob ('.' is this folder)")
     if os.path.isdir(name):
         return _list_folder(name, recursive)
     if glob.has_magic(name) and not os.path.lexists(name):

@@ -117,6 +117,8 @@ def test_eval_asks_for_the_right_images(dataset: Path, tiny: Tiny, workplace: Pa
         "1 of 2 images have another size than the annotations say, the first is 2.png; check --images\n"
     )
     json.loads(other.out)
+    recall = run(*given, "images", "--recall")
+    assert (recall.code, recall.err) == (other.code, other.err)
     (workplace / "images" / "2.png").write_bytes(b"no picture")
     broken = run(*given, "images")
     assert (broken.code, broken.out) == (1, "")

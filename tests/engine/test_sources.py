@@ -119,6 +119,11 @@ def test_glob_without_a_match(folder: Path) -> None:
         assert repr(pattern) in str(caught.value)
 
 
+def test_an_empty_name(folder: Path) -> None:
+    with pytest.raises(ImageError, match="the name of an image is empty"):
+        list(list_images([""]))
+
+
 def test_errors_come_after_what_was_before_them(folder: Path) -> None:
     images = list_images(["b.jpg", "*.webp"])
     assert next(images) == Path("b.jpg")

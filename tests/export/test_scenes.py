@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,23 @@ def test_several_processes_write_the_same(tmp_path: Path) -> None:
     assert len(drawn) == 19
     for path in (tmp_path / "one" / "images").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / "images" / path.name).read_bytes()
+
+
+def test_earlier_scenes_make_way(tmp_path: Path) -> None:
+    write_coco(tmp_path, seed=1, count=3, size=(60, 80))
+    (tmp_path / "images" / "mine.png").write_bytes(b"")
+    path = write_coco(tmp_path, seed=2, count=1, size=(60, 80))
+    assert sorted(os.listdir(tmp_path / "images")) == ["000000.png", "mine.png"]
+    assert [image.file_name for image in load_annotations(path).images] == ["000000.png"]
+
+
+@pytest.mark.parametrize("content", ['{"info": {"description": "COCO 2017"}, "images": []}', "[1]", "{", ""])
+def test_other_annotations_stay(tmp_path: Path, content: str) -> None:
+    (tmp_path / "annotations.json").write_text(content)
+    with pytest.raises(FpnEngineError, match="is not of generated scenes and would be replaced; give another folder"):
+        write_coco(tmp_path, seed=0, count=1, size=(60, 80))
+    assert (tmp_path / "annotations.json").read_text() == content
+    assert os.listdir(tmp_path) == ["annotations.json"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -31,7 +31,8 @@ from fpn_engine.ground_truth import check_images
 if TYPE_CHECKING:
     from fpn_engine.annotations import CocoGroundTruth
     from fpn_engine.engine import Engine
-    from fpn_engine.proposals import GivenProposals
+    from fpn_engine.ground_truth import AnnotatedImage
+    from fpn_engine.proposals import GivenProposals, ProposalBoxes
 
 
 def evaluate(
@@ -117,19 +118,15 @@ def _score_detections(
 
     truth.check_categories(engine.spec.categories)
     results: list[dict[str, Any]] = []
-    other_size: list[str] = []
+    other_size: list[AnnotatedImage] = []
     for image, outcome in zip(truth.images, engine.stream(files.values(), proposals=given), strict=True):
         if not isinstance(outcome.result, Detections):
             raise outcome.result  # a score over the rest would not be the score
         if outcome.result.image_size != (image.height, image.width):
-            other_size.append(image.file_name)
+            other_size.append(image)
         results += coco_results(outcome.result, image.id)
         advance()
-    if other_size:
-        note(
-            f"{len(other_size)} of {len(files)} images have another size than the annotations say, the first is "
-            f"{other_size[0]}; check --images"
-        )
+    _note_sizes(other_size, truth)
     return score_detections(truth, results)
 
 
@@ -156,9 +153,13 @@ def _score_proposals(
     from fpn_engine.proposals import ProposedImage
 
     found = {}
-    for image_id, boxes in zip(files, _propose(engine, files.values()), strict=True):
-        found[image_id] = boxes
+    other_size = []
+    for image, (size, proposals) in zip(truth.images, _propose(engine, files.values()), strict=True):
+        if size != (image.height, image.width):
+            other_size.append(image)
+        found[image.id] = proposals
         advance()
+    _note_sizes(other_size, truth)
     if target:
         save_proposals(
             target,
@@ -171,7 +172,18 @@ def _score_proposals(
     return score_proposals(truth, found)
 
 
-def _propose(engine: Engine, paths: Iterable[Path]) -> Iterator[Any]:
+def _propose(engine: Engine, paths: Iterable[Path]) -> Iterator[tuple[tuple[int, int], ProposalBoxes]]:
+    """The (height, width) of each image, and its proposals."""
     remaining = iter(paths)
     while chunk := list(islice(remaining, engine.batch_size)):
-        yield from engine.propose(chunk)
+        images = [engine.read(path) for path in chunk]
+        yield from zip([(image.shape[0], image.shape[1]) for image in images], engine.propose(images), strict=True)
+
+
+def _note_sizes(other_size: list[AnnotatedImage], truth: CocoGroundTruth) -> None:
+    """Say that boxes may have been scored on the wrong pictures, if they were on some."""
+    if other_size:
+        note(
+            f"{len(other_size)} of {len(truth.images)} images have another size than the annotations say, the first is "
+            f"{other_size[0].file_name}; check --images"
+        )

@@ -37,8 +37,6 @@ def train_masks(
     Args: as the options of ``train``; recipe: fields of it. habits: a ``Habits``.
     Raises: FpnEngineError in one sentence; SystemExit for a run that stopped.
     """
-    import hashlib
-
     from fpn_engine.ground_truth import check_images, check_objects
     from fpn_engine.masks.ground_truth import load_segments
     from fpn_engine.masks.spec import MaskSpec
@@ -46,6 +44,7 @@ def train_masks(
     from fpn_export.masks.training import MaskJob, SegmentValidation, make_recipe
     from fpn_export.masks.training import train_masks as run
     from fpn_export.masks.variants import make_variant
+    from fpn_export.training.job import identify
     from fpn_export.training.recipe import count_steps
 
     if len(annotations) != 1:
@@ -66,9 +65,9 @@ def train_masks(
         recipe=made,
         output=output,
         examples=examples,
-        data={"annotations": hashlib.sha256(annotations[0].read_bytes()).hexdigest()},
+        data={"annotations": identify(annotations[0])},
         validation=validation,
-        validated_on=None if val_annotations is None else hashlib.sha256(val_annotations.read_bytes()).hexdigest(),
+        validated_on=None if val_annotations is None else identify(val_annotations),
         habits=habits,
         init=init,
         device=device,

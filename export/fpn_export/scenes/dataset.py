@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,13 +18,15 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fpn_engine.files import replacing
+from fpn_engine.errors import FpnEngineError
+from fpn_engine.files import replacing, unwritable
 from fpn_engine.spec import Category
 from fpn_export.scenes.scene import NAMES, SIZE, Scene, make_scene
 
 CATEGORIES = tuple(Category(id=number, name=name) for number, name in enumerate(NAMES, start=1))
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"
+DESCRIPTION = "fpn-engine scenes"
 
 
 class SceneDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -63,9 +66,13 @@ def write_coco(
 ) -> Path:
     """Write scenes as PNG files and a COCO instances file with boxes and run-length masks; returns the latter's path.
 
+    Scenes that the folder has already make way.
+
     Args: processes: that draw, each of them a new interpreter; the files are the same for any number.
-    Raises: FpnEngineError if the folder cannot be written.
+    Raises: FpnEngineError if the folder cannot be written, or has annotations of something else.
     """
+    path = folder / ANNOTATIONS
+    _make_way(path, count)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, rows in enumerate(_draw_all(partial(_draw, folder, seed, size), count, processes)):
@@ -73,15 +80,32 @@ def write_coco(
         annotations += [{"id": len(annotations) + 1 + n, "image_id": index + 1, **row} for n, row in enumerate(rows)]
         on_image()
     document = {
-        "info": {"description": f"fpn-engine scenes, seed {seed}"},
+        "info": {"description": f"{DESCRIPTION}, seed {seed}"},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": category.id, "name": category.name} for category in CATEGORIES],
     }
-    path = folder / ANNOTATIONS
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document), encoding="ascii")
     return path
+
+
+def _make_way(path: Path, count: int) -> None:
+    """Remove the annotations of earlier scenes, which would soon be wrong, and pictures from number ``count`` on."""
+    if not os.path.isfile(path):
+        return
+    try:
+        document = json.loads(path.read_bytes())
+        ours, earlier = document["info"]["description"].startswith(DESCRIPTION), len(document["images"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        ours, earlier = False, 0
+    if not ours:
+        raise FpnEngineError(f"{path} is not of generated scenes and would be replaced; give another folder")
+    try:
+        for stale in [path, *(path.parent / IMAGES / _name(index) for index in range(count, earlier))]:
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def _draw_all(
