@@ -96,7 +96,10 @@ def build(
     ] = Tactics.quick,
     tune_for: Annotated[
         list[str] | None,
-        typer.Option(help="On CUDA, a batch and padded size to measure at, such as 1x800x1216; may be repeated."),
+        typer.Option(
+            metavar="BxHxW",
+            help="On CUDA, a batch and padded size to measure at, such as 1x800x1216; may be repeated.",
+        ),
     ] = None,
     tuning_seconds: Annotated[
         float | None, typer.Option(min=0.0, help="On CUDA, begin to measure no further layer after this time.")

@@ -24,6 +24,7 @@ def train(
     annotations: Annotated[
         list[Path],
         typer.Option(
+            metavar="FILE",
             help="COCO instances JSON, or a Pascal VOC folder or split; repeatable.",
             show_default=False,
             rich_help_panel=DATA,
@@ -32,6 +33,7 @@ def train(
     images: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="DIR",
             help="Folder of the images that they name, or one for each; VOC knows its own.",
             show_default=False,
             rich_help_panel=DATA,
@@ -78,7 +80,9 @@ def train(
     model: Annotated[str, typer.Option(help="faster_rcnn, fast_rcnn or rpn.", rich_help_panel=MODEL)] = "faster_rcnn",
     proposals: Annotated[
         list[Path] | None,
-        typer.Option(help="What a fast_rcnn classifies, .json or .npz; repeatable.", rich_help_panel=DATA),
+        typer.Option(
+            metavar="FILE", help="What a fast_rcnn classifies, .json or .npz; repeatable.", rich_help_panel=DATA
+        ),
     ] = None,
     alternating: Annotated[
         bool, typer.Option("--alternating", help="Four steps with shared features.", rich_help_panel=RECIPE)
