@@ -32,6 +32,8 @@ def test_a_scene_its_picture_and_a_page(workplace: Path, run: Run) -> None:
     np.testing.assert_array_equal(read_image(folder / "scene.png"), scene.image)
     assert (read_image(folder / "detections.png") != scene.image).any()
     assert f"of {len(scene.labels)} objects" in ran.err
+    assert ran.err.count("using the demo model, which knows") == 1
+    assert "for others: --model coco, or export" in ran.err
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert f"of {len(scene.labels)} objects" in page
     assert "fpn-engine infer fpn-engine-demo/scene.png --model demo --json" in page

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fpn_engine.cli.console import emit, note
-from fpn_engine.cli.plans import plan_of_model
+from fpn_engine.cli.plans import introduce, plan_of_model
 
 FOLDER = Path("fpn-engine-demo")
 
@@ -29,6 +29,7 @@ def demo(
     folder = DemoFolder(output)
     plan = plan_of_model(BUNDLED)
     shown = demonstrate(Engine.load(plan), read_plan(plan).manifest.runtime, seed, folder)
+    introduce(BUNDLED, plan)
     found, there = shown.comparison.found, len(shown.comparison.pairs)
     wrong = len(shown.comparison.spurious)
     note(

@@ -35,11 +35,19 @@ def choose_plan(plan: Path | None, model: str | None, *, default: str | None = N
     if default is None:
         raise PlanError(NO_PLAN)
     path = plan_of_model(default)
-    note(
-        f"using the {default} model, which knows {_describe_classes(path)}; for others: --model coco, or export and "
-        "build a checkpoint of your own"
-    )
+    introduce(default, path)
     return path
+
+
+def introduce(name: str, plan: Path) -> None:
+    """Say on stderr what the model of ``plan``, which nobody named, knows, and how to get another."""
+    from fpn_engine.plan import read_plan
+
+    classes = ", ".join(category.name for category in read_plan(plan).manifest.spec.categories)
+    note(
+        f"using the {name} model, which knows {classes}; for others: --model coco, or export and build a checkpoint of "
+        "your own"
+    )
 
 
 def plan_of_model(
@@ -99,9 +107,3 @@ def _fetch(model: NamedModel) -> Path:
         waiting = f"another process is downloading {model.file_name}; waiting for it"
         download(url, places[0], model.digest, on_progress=advance, on_wait=lambda: note(waiting))
     return places[0]
-
-
-def _describe_classes(path: Path) -> str:
-    from fpn_engine.plan import read_plan
-
-    return ", ".join(category.name for category in read_plan(path).manifest.spec.categories)

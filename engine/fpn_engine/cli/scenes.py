@@ -32,4 +32,4 @@ def scenes(
     processes = min(Machine().cores, max(1, count // FEW)) if workers is None else workers
     with counting("drawing", count) as advance:
         path = write_coco(folder, seed, count, (height, width), on_image=advance, processes=processes)
-    note(f"{path}: {count} scenes of seed {seed}")
+    note(f"{path}: {count} {'scene' if count == 1 else 'scenes'} of seed {seed}")
