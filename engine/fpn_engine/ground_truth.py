@@ -46,17 +46,25 @@ class CocoGroundTruth:
         return {image.file_name: image.id for image in self.images}
 
     def check_categories(self, categories: Iterable[Category]) -> None:
-        """Raise AnnotationError if an id means another class to the model than to these annotations.
+        """Raise AnnotationError if an id means another class to the model than to these annotations, or a class has
+        another id.
 
         Scores would silently be near zero, as between COCO ids (1-90, with gaps) and consecutive ones (1-80).
         Ids that only one side has are fine, and so are the stand-in names of a checkpoint without names.
         """
         names = {category.id: category.name for category in self.categories}
+        ids = {category.name: category.id for category in self.categories}
         for category in categories:
             name = names.get(category.id, category.name)
             if category.name not in (name, f"class_{category.id}"):
                 raise AnnotationError(
                     f"category {category.id} is {category.name!r} to the model but {name!r} in the annotations; "
+                    "use the annotations that the model was trained for"
+                )
+            number = ids.get(category.name, category.id)
+            if number != category.id and category.name != f"class_{category.id}":
+                raise AnnotationError(
+                    f"{category.name!r} is category {category.id} to the model but {number} in the annotations; "
                     "use the annotations that the model was trained for"
                 )
 

@@ -71,12 +71,14 @@ def _read_json(path: Path) -> list[ProposedImage]:
     data = json.loads(path.read_text(encoding="utf-8-sig"))
     names: dict[Any, str] = {}
     if isinstance(data, Mapping):
-        names = {entry["id"]: str(entry["file_name"]) for entry in data["images"]}
+        names = {_as_id(entry["id"]): str(entry["file_name"]) for entry in data["images"]}
         data = data["annotations"]
     if not isinstance(data, Sequence) or not all(isinstance(entry, Mapping) for entry in data):
         raise ValueError("it is no list of objects")
     found: dict[_Key, list[tuple[float, ...]]] = {_Key(name, image_id): [] for image_id, name in names.items()}
     for entry in data:
+        if names and entry.get("file_name") is None and _as_id(entry.get("image_id")) not in names:
+            raise ValueError(f"a box is on image {entry.get('image_id')!r}, which is not listed")
         x, y, width, height = map(finite_number, entry["bbox"])
         score = finite_number(entry.get("score", 1.0))
         found.setdefault(_key_of(entry, names), []).append((x, y, x + width, y + height, score))
@@ -84,10 +86,15 @@ def _read_json(path: Path) -> list[ProposedImage]:
 
 
 def _key_of(entry: Mapping[str, Any], names: Mapping[Any, str]) -> _Key:
-    image_id, file_name = entry.get("image_id"), entry.get("file_name")
+    image_id, file_name = _as_id(entry.get("image_id")), entry.get("file_name")
     if image_id is None and file_name is None:
         raise KeyError("image_id")
     return _Key(names.get(image_id) if file_name is None else str(file_name), image_id)
+
+
+def _as_id(value: Any) -> Any:
+    """Ids may be text of digits, as in :func:`fpn_engine.annotations.load_coco`."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
 def _read_npz(path: Path) -> list[ProposedImage]:

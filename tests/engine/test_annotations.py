@@ -119,6 +119,8 @@ def test_ids_that_mean_different_classes_are_refused(tmp_path: Path) -> None:
     truth.check_categories([Category(id=1, name="class_1"), Category(id=90, name="class_90")])
     with pytest.raises(AnnotationError, match="category 1 is 'dust' to the model but 'cell' in the annotations"):
         truth.check_categories([Category(id=1, name="dust")])
+    with pytest.raises(AnnotationError, match="'cell' is category 2 to the model but 1 in the annotations"):
+        truth.check_categories([Category(id=2, name="cell")])
 
 
 @pytest.mark.shared

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +84,27 @@ def test_training_ends_with_a_checkpoint_that_exports(data: Path, run: Run, work
     assert (spec["fpn_channels"], spec["masks_per_img"], len(spec["heads"])) == (16, 40, 2)
     again = train(run, data, workplace / "again", "--steps", "1", "--init", str(output / "best.pth"))
     assert again.code == 0, again.err
+
+
+def test_two_processes_train_though_levels_are_missed(data: Path, tmp_path: Path) -> None:
+    """Of eight places an image some level gets none, and its weights no gradient."""
+    output = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "fpn_engine",
+    ]
+    command += ["train", "--annotations", str(data), "--images", str(data.parent / "images"), "-o", str(output)]
+    command += [*TINY.split(), "--steps", "6", "--recipe", "anchors_per_image=8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("trained 6 steps") == 1
 
 
 def test_the_whole_line(trained: Trained, run: Run, workplace: Path) -> None:

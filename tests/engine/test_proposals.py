@@ -87,6 +87,22 @@ def test_the_annotated_boxes_are_proposals_too(tmp_path: Path) -> None:
     assert (second.file_name, len(second.proposals.boxes)) == ("e.png", 0)
 
 
+@pytest.mark.parametrize(("listed", "named"), [(1, "1"), ("1", 1), ("01", 1)])
+def test_ids_may_be_text_of_digits(listed: object, named: object, tmp_path: Path) -> None:
+    document = {
+        "images": [{"id": listed, "file_name": "a.png"}],
+        "annotations": [{"image_id": named, "bbox": [1, 1, 2, 2]}],
+    }
+    (only,) = load_proposals(write(tmp_path / "p.json", document))
+    assert (only.file_name, only.proposals.boxes.tolist()) == ("a.png", [[1, 1, 3, 3]])
+
+
+def test_a_box_on_an_image_that_is_not_listed(tmp_path: Path) -> None:
+    document = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2, "bbox": [1, 1, 2, 2]}]}
+    with pytest.raises(ProposalError, match="a box is on image 2, which is not listed"):
+        load_proposals(write(tmp_path / "p.json", document))
+
+
 def find(images: list[ProposedImage], source: str, image_ids: dict[str, int] | None = None) -> list[list[float]]:
     return GivenProposals(Path("p.json"), images, image_ids)(source).boxes.tolist()
 

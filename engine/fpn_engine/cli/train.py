@@ -168,6 +168,8 @@ def train(
     given_recipe["frozen_stages"] = (2 if from_classifier else 0) if frozen_stages is None else frozen_stages
     if images and len(images) not in (1, len(annotations)):
         raise typer.BadParameter("give one, or one for each --annotations", param_hint="--images")
+    if val_images is not None and val_annotations is None:
+        raise typer.BadParameter("needs --val-annotations", param_hint="--val-images")
     habits = Habits(validate_every=validate_every, save_every=save_every, workers=workers)
     sizes = {"min_size": min_size, "max_size": max_size}
     set_values = assignments(set_ or [])

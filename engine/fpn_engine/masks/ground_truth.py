@@ -24,7 +24,7 @@ class SegmentTruth:
 
 
 def load_segments(path: str | Path) -> SegmentTruth:
-    """Read a COCO annotation file with its segmentations.
+    """Read a COCO annotation file with its segmentations; without an ``area`` an object has its mask's.
 
     Raises: AnnotationError as :func:`fpn_engine.annotations.load_coco`, and for an annotation without a segmentation or
         with one that is none.
@@ -33,7 +33,7 @@ def load_segments(path: str | Path) -> SegmentTruth:
     with open(path, encoding="utf-8-sig") as file:
         entries = json.load(file)["annotations"]
     sizes = {image.id: (image.height, image.width) for image in truth.images}
-    segments = []
+    annotations, segments = [], []
     for annotation, entry in zip(truth.annotations, entries, strict=True):
         if "segmentation" not in entry:
             raise AnnotationError(
@@ -43,7 +43,10 @@ def load_segments(path: str | Path) -> SegmentTruth:
             segments.append(read_segmentation(entry["segmentation"], sizes[annotation.image_id]))
         except AnnotationError as error:
             raise AnnotationError(f"the annotations {path}: {error}") from None
-    return SegmentTruth(truth=truth, segments=tuple(segments))
+        if "area" not in entry:
+            annotation = dataclasses.replace(annotation, area=areas_of(segments[-1:])[0])
+        annotations.append(annotation)
+    return SegmentTruth(truth=dataclasses.replace(truth, annotations=tuple(annotations)), segments=tuple(segments))
 
 
 def describe_segments(

@@ -61,8 +61,6 @@ class WindowHead(nn.Module):
 class FpnMasks(nn.Module):
     """Backbone, named as the detectors', and one :class:`WindowHead` for each head of the spec."""
 
-    has_rpn = True  # as the trainer asks: every weight gets a gradient at each step
-
     def __init__(self, spec: MaskSpec) -> None:
         super().__init__()
         self.spec = spec

@@ -25,7 +25,7 @@ from fpn_export.masks.step import MaskLoss, compute_mask_losses
 from fpn_export.masks.targets import PAPER_EXAMPLES
 from fpn_export.training.examples import Examples
 from fpn_export.training.initial_weights import load_initial_weights
-from fpn_export.training.job import Outcome, joined
+from fpn_export.training.job import Outcome, forget_run, joined
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
 from fpn_export.training.recipe import PAPER_BATCH, Recipe
 from fpn_export.training.run_folder import RunFolder
@@ -104,14 +104,13 @@ def train_masks(
     with joined(job.device, job.recipe.batch_size) as processes:
         folder = RunFolder(job.output, alone=processes.is_first)
         try:
-            if job.restart and processes.is_first:
-                folder.clear()
-            processes.wait()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(random_state(job.recipe.seed, INITIAL_WEIGHTS).randint(2**31)))
                 model = FpnMasks(job.spec)
             # Both ask a model for tensors, backbone and spec alone, and hand it to the rest as it is.
             taken = load_initial_weights(cast(FpnDetector, model), job.init) if job.init else None
+            if job.restart:
+                forget_run(folder, processes, job.init)
             trainer = MaskTrainer(
                 cast(FpnDetector, model),
                 cast(Examples, job.examples),
@@ -134,6 +133,9 @@ class MaskTrainer(Trainer):
 
     def _make_losses(self) -> nn.Module:
         return _MaskLosses(cast(FpnMasks, self.model), self._recipe)
+
+    def _reaches_all_weights(self) -> bool:
+        return False  # a level on which no place is drawn gets none
 
     def _load_batches(self) -> Iterator[Any]:
         return load_mask_batches(

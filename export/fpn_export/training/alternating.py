@@ -14,13 +14,23 @@ import torch
 
 from fpn_engine.annotations import load_annotations
 from fpn_engine.engine import Engine
-from fpn_engine.errors import CheckpointError, SpecError
+from fpn_engine.errors import CheckpointError, ProposalError, SpecError
 from fpn_engine.proposal_file import save_proposals
 from fpn_engine.proposals import ProposedImage
 from fpn_engine.spec import OBJECT
 from fpn_export.checkpoint import load_checkpoint
 from fpn_export.detector import FpnDetector, make_detector
-from fpn_export.training.job import Job, Outcome, identify, joined, make_validation, train_joined
+from fpn_export.training.job import (
+    Job,
+    Outcome,
+    forget_run,
+    identify,
+    joined,
+    make_examples,
+    make_model,
+    make_validation,
+    train_joined,
+)
 from fpn_export.training.processes import Processes
 from fpn_export.training.run_folder import BEST, LAST, STATE, RunFolder
 from fpn_export.training.step import with_proposals
@@ -67,6 +77,8 @@ def train_alternating(
     """
     if job.spec.model != "faster_rcnn":
         raise SpecError(f"alternating training makes a faster_rcnn, not a {job.spec.model}")
+    if job.proposals:
+        raise ProposalError("alternating training makes its own proposals; leave out --proposals")
     with joined(job.device, job.recipe.batch_size) as processes:
         folder = RunFolder(job.output, alone=processes.is_first)
         try:
@@ -83,11 +95,15 @@ def _train_steps(
     should_stop: Callable[[], bool],
     on_note: Callable[[str], None],
 ) -> Outcome:
-    if job.restart and processes.is_first:
-        folder.clear()
-        for step in STEPS:
-            shutil.rmtree(job.output / step.name, ignore_errors=True)
-    processes.wait()
+    if job.restart:  # what cannot be trained again is not forgotten
+        make_model(job)
+        make_examples(job, [load_annotations(path) for path in job.annotations])
+        make_validation(job)
+        forget_run(folder, processes, job.init)
+        if processes.is_first:
+            for step in STEPS:
+                shutil.rmtree(job.output / step.name, ignore_errors=True)
+        processes.wait()
     if os.path.exists(job.output / STATE):
         raise CheckpointError(f"{job.output} holds a run that is not alternating; give another folder, or --restart")
     job = dataclasses.replace(job, restart=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,16 @@ class AnnotatedExamples:
 
     def __len__(self) -> int:
         return len(self._listed)
+
+    def digest_proposals(self) -> str | None:
+        """What identifies the proposals of all images, or None if none are given."""
+        digest, given = hashlib.sha256(), False
+        for entry in self._listed:
+            if entry.proposals is not None:
+                given = True
+                digest.update(f"{entry.proposals.shape}".encode())
+                digest.update(np.ascontiguousarray(entry.proposals).tobytes())
+        return digest.hexdigest() if given else None
 
     def objects_of(self, index: int) -> tuple[Boxes, NDArray[np.int64]]:
         """Boxes and labels of an image that is not read for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,14 @@ from pathlib import Path
 import torch
 
 from fpn_engine.annotations import CocoGroundTruth, load_annotations
-from fpn_engine.errors import FpnEngineError, ProposalError
+from fpn_engine.errors import CheckpointError, FpnEngineError, ProposalError
 from fpn_engine.ground_truth import check_objects
 from fpn_engine.proposal_file import load_proposals
 from fpn_engine.proposals import GivenProposals
 from fpn_engine.spec import ModelSpec
 from fpn_engine.voc import is_voc
 from fpn_export.detector import FpnDetector, make_detector
-from fpn_export.training.examples import AnnotatedExamples, Examples, JoinedExamples
+from fpn_export.training.examples import AnnotatedExamples, JoinedExamples
 from fpn_export.training.initial_weights import Taken, load_initial_weights
 from fpn_export.training.processes import Processes, join_processes, leave_processes
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
@@ -94,28 +95,32 @@ def train_joined(
     on_note: Callable[[str], None],
 ) -> Outcome:
     """:func:`train` among processes that have joined already."""
+    if job.proposals and job.spec.has_rpn:
+        raise ProposalError(f"a {job.spec.model} finds its own proposals; they are given to a fast_rcnn only")
     with _opened(job, processes) as folder:
         model, taken = make_model(job)
         if taken and processes.is_first:
             on_note(f"{len(model.state_dict()) - len(taken.missing)} tensors from {job.init}")
         truths = [load_annotations(path) for path in job.annotations]
-        examples, validation = _join_examples(job, truths), make_validation(job)
+        parts, validation = make_examples(job, truths), make_validation(job)
+        if job.restart:
+            forget_run(folder, processes, job.init)
         trainer = Trainer(
             model,
-            examples,
+            JoinedExamples(parts),
             job.recipe,
             folder,
             processes,
             data={
                 "annotations": [identify(*each) for each in zip(job.annotations, truths, strict=True)],
                 "init": taken.sha256 if taken else None,
-                "proposals": [_digest(path.read_bytes()) for path in job.proposals],
+                "proposals": [digest for part in parts if (digest := part.digest_proposals())],
                 "representation_size": job.representation_size,
             },
             habits=job.habits,
             shared_frozen=job.shared_frozen,
             validation=validation,
-            validated_on=None if job.val_annotations is None else identify(job.val_annotations),
+            validated_on=_identify_validation(job),
         )
         if trainer.step and processes.is_first:
             on_note(f"going on after step {trainer.step} of {job.recipe.steps} in {job.output}")
@@ -131,19 +136,18 @@ def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:
     return model, load_initial_weights(model, job.init) if job.init else None
 
 
-def _join_examples(job: Job, truths: Sequence[CocoGroundTruth]) -> Examples:
+def make_examples(job: Job, truths: Sequence[CocoGroundTruth]) -> list[AnnotatedExamples]:
+    """What is to be learnt of each of ``truths``. Raises: FpnEngineError if some of it is missing."""
     # An RPN knows one category, "object", and learns all.
     categories = truths[0].categories if job.spec.model == "rpn" else job.spec.categories
-    return JoinedExamples(
-        [
-            AnnotatedExamples(truth, images, categories, _find_proposals(job, truth, place))
-            for place, (truth, images) in enumerate(zip(truths, job.images, strict=True))
-        ]
-    )
+    return [
+        AnnotatedExamples(truth, images, categories, _find_proposals(job, truth, place))
+        for place, (truth, images) in enumerate(zip(truths, job.images, strict=True))
+    ]
 
 
 def make_validation(job: Job) -> CocoValidation | None:
-    """What the job's model is scored by. Raises: AnnotationError if that is nothing, or not there."""
+    """What the job's model is scored by. Raises: AnnotationError or ProposalError if that is nothing, or not there."""
     if job.val_annotations is None:
         return None
     val_truth = load_annotations(job.val_annotations)
@@ -151,6 +155,9 @@ def make_validation(job: Job) -> CocoValidation | None:
         val_truth.check_categories(job.spec.categories)
     check_objects(val_truth, job.val_annotations)
     proposals = _find_proposals(job, val_truth, len(job.annotations))
+    if proposals:  # one that is missing shows before the long work
+        for image in val_truth.images:
+            proposals(image.file_name)
     return CocoValidation(val_truth, job.val_images or job.images[0], proposals)
 
 
@@ -183,12 +190,26 @@ def joined(device: str | None, batch_size: int) -> Iterator[Processes]:
 def _opened(job: Job, processes: Processes) -> Iterator[RunFolder]:
     folder = RunFolder(job.output, alone=processes.is_first)
     try:
-        if job.restart and processes.is_first:
-            folder.clear()
-        processes.wait()
         yield folder
     finally:
         folder.close()
+
+
+def forget_run(folder: RunFolder, processes: Processes, init: Path | None) -> None:
+    """Clear the folder once no process reads anything in it. Raises: CheckpointError if ``init`` would be lost."""
+    if init is not None and Path(os.path.realpath(init)).is_relative_to(os.path.realpath(folder.path)):
+        raise CheckpointError(f"{init} is of the run that --restart forgets; move it, or give another --output")
+    processes.wait()
+    if processes.is_first:
+        folder.clear()
+    processes.wait()
+
+
+def _identify_validation(job: Job) -> str | None:
+    if job.val_annotations is None:
+        return None
+    proposals = job.proposals[len(job.annotations) :] if job.paired_proposals else job.proposals
+    return " ".join([identify(job.val_annotations), *(_digest(path.read_bytes()) for path in proposals)])
 
 
 def identify(path: Path, truth: CocoGroundTruth | None = None) -> str:

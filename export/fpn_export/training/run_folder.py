@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fpn_engine
 from fpn_engine.errors import CheckpointError
-from fpn_engine.files import replacing, unwritable
+from fpn_engine.files import remove_stale, replacing, unwritable
 from fpn_engine.masks.spec import read_spec
 from fpn_export.detector import FpnDetector
 from fpn_export.training.recipe import Recipe
@@ -27,6 +27,7 @@ from fpn_export.training.recipe import Recipe
 FORMAT = 1
 STEP = "step"  # the first column of the logs
 STATE, LOG, SCORES, BEST, LAST = "state.pt", "log.csv", "scores.csv", "best", "last"
+FILES = (STATE, LOG, SCORES, *(f"{model}{suffix}" for model in (BEST, LAST) for suffix in (".pth", ".json")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if alone:
                 self._lock.acquire(timeout=0)
+                for name in FILES:
+                    remove_stale(path / name)
         except Timeout:
             raise CheckpointError(f"another run is training in {path}; wait for it or give another folder") from None
         except OSError as error:
@@ -106,11 +109,11 @@ class RunFolder:
         """Raises: FpnEngineError if it cannot be written; the one before remains."""
         values = {f.name: getattr(state, f.name) for f in dataclasses.fields(State)}
         with replacing(self.path / STATE) as temporary:
-            temporary.write_bytes(_serialized({"format": FORMAT, **values}))
+            _write(temporary, _serialized({"format": FORMAT, **values}))
 
     def clear(self) -> None:
         """Forget the run that is here."""
-        for name in (STATE, LOG, SCORES, *(f"{m}{s}" for m in (BEST, LAST) for s in (".pth", ".json"))):
+        for name in FILES:
             path = self.path / name
             try:
                 path.unlink(missing_ok=True)
@@ -126,7 +129,7 @@ class RunFolder:
         path = self.path / f"{name}.pth"
         weights = _serialized({key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()})
         with replacing(path) as temporary:
-            temporary.write_bytes(weights)
+            _write(temporary, weights)
         digest = hashlib.sha256(weights).hexdigest()
         trained = {"trained_with": f"fpn-engine {fpn_engine.__version__}", **about, "sha256": digest}
         with replacing(path.with_suffix(".json")) as temporary:
@@ -134,10 +137,16 @@ class RunFolder:
             temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
         return path
 
+    def has_model(self, name: str) -> bool:
+        """Whether a model of that name was saved here."""
+        return os.path.isfile(self.path / f"{name}.pth")
+
     def rewind_log(self, step: int) -> None:
         """Drop what the logs say about updates after ``step``, which will be done again, and damaged rows.
 
-        Without its names of columns a log begins anew. Raises: CheckpointError if a log is no file, or cannot be read.
+        Without its names of columns, or before the first update, a log begins anew.
+
+        Raises: CheckpointError if a log is no file, or cannot be read.
         """
         for name in (LOG, SCORES):
             path = self.path / name
@@ -149,7 +158,7 @@ class RunFolder:
                 text = path.read_text(encoding="utf-8", errors="replace")
             except OSError as error:
                 raise CheckpointError(f"cannot read {path}: {error.strerror or error}; give another folder") from None
-            kept = _good_rows([line.split(",") for line in text.splitlines()], step)
+            kept = _good_rows([line.split(",") for line in text.splitlines()], step) if step else []
             if not kept:
                 path.unlink()
                 continue
@@ -175,6 +184,14 @@ def _serialized(values: Mapping[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save(values, buffer)
     return buffer.getbuffer()
+
+
+def _write(path: Path, data: memoryview) -> None:
+    """Write a file that a power cut after it leaves whole."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _good_rows(rows: Sequence[Sequence[str]], step: int) -> list[Sequence[str]]:

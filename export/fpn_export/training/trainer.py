@@ -82,8 +82,7 @@ class Trainer:
         validation: Validation | None = None,
         validated_on: str | None = None,
     ) -> None:
-        # Channels last is what convolutions compute in, on CUDA and in oneDNN.
-        self.model = model.to(processes.device).to(memory_format=torch.channels_last)
+        self.model = model.to(processes.device).to(memory_format=_memory_format(model, processes.device))
         self._examples, self._recipe, self.folder, self._processes = examples, recipe, folder, processes
         self._habits = habits or Habits()
         self._validation, self._validated_on = validation, validated_on
@@ -132,7 +131,7 @@ class Trainer:
             self._take_score()
             if processes.is_first:
                 self._save()
-        batches = self._load_batches()
+        batches, trained = self._load_batches(), self.step < recipe.steps
         while self.step < recipe.steps:
             began = time.perf_counter()
             batch = self._read(batches)
@@ -162,7 +161,7 @@ class Trainer:
                 break
         if self.step == recipe.steps and processes.is_first:
             self.folder.save_model(LAST, self._eval_copy(), self._about())
-            if self._validation is None:
+            if self._validation is None and (trained or not self.folder.has_model(BEST)):
                 self.folder.save_model(BEST, self._eval_copy(), self._about())
         processes.wait()
         return self.step == recipe.steps
@@ -184,8 +183,11 @@ class Trainer:
     def _wrap(self, losses: nn.Module) -> nn.Module:
         if self._processes.world_size == 1:
             return losses
-        # Without an RPN a level that no RoI of the batch falls on gets no gradient.
-        return DistributedDataParallel(losses, find_unused_parameters=not self.model.has_rpn)
+        return DistributedDataParallel(losses, find_unused_parameters=not self._reaches_all_weights())
+
+    def _reaches_all_weights(self) -> bool:
+        """Whether every weight gets a gradient at each step: of a level that no RoI falls on, from an RPN alone."""
+        return self.model.has_rpn
 
     def _update(self, losses_of: nn.Module, batch: Batch) -> dict[str, float]:
         recipe, processes = self._recipe, self._processes
@@ -293,7 +295,21 @@ class Trainer:
         self._optimizer.load_state_dict(dict(state.optimizer))
         self.step, self._seconds = state.step, state.seconds
         self.best = state.best if state.validated_on in (None, self._validated_on) else None
-        self._score_due = state.score_due
+        unscored = self._validation is not None and self.best is None
+        self._score_due = state.score_due or (unscored and self.step == self._recipe.steps)
+
+
+def _memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels last, which convolutions compute in on CUDA and in oneDNN; but on the CPU not for very narrow models.
+
+    oneDNN's backward pass of a strided 1x1 convolution of fewer than 16 channels writes beyond its memory in that
+    format (torch 2.15: with 8 channels at 60x80 and more, the process dies).
+    """
+    narrow = any(
+        isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride != (1, 1) and part.in_channels < 16
+        for part in model.modules()
+    )
+    return torch.contiguous_format if narrow and device.type == "cpu" else torch.channels_last
 
 
 class _Losses(nn.Module):

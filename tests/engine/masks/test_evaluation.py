@@ -30,6 +30,13 @@ def shifted(truth, image, seed=0):
     return Segments(encode_masks(np.array(masks)), random.uniform(size=len(masks)).astype(np.float32))
 
 
+def test_without_an_area_an_object_has_its_masks(path, tmp_path):
+    document = json.loads(path.read_text())
+    areas = [entry.pop("area") for entry in document["annotations"]]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert [each.area for each in load_segments(tmp_path / "a.json").truth.annotations] == areas
+
+
 def test_equals_cocoeval(path):
     truth = load_segments(path)
     proposals = {image: shifted(truth, image) for image in (1, 2, 3)}

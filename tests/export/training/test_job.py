@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,94 @@ def test_the_best_by_other_images_is_not_the_best(data: Path, run_path: Path, tm
     best = train(dataclasses.replace(job, val_annotations=other, val_images=other.parent / "images")).best
     assert best is not None
     assert best < 2
+
+
+def test_a_complete_run_without_validation_keeps_its_best(data: Path, run_path: Path) -> None:
+    job = make_job(data, run_path, val_annotations=data, habits=Habits(validate_every=1, save_every=1))
+    assert train(job).complete
+    marked = load_checkpoint(run_path / "last.pth").model.state_dict()
+    marked["backbone.body.conv1.weight"].zero_()
+    torch.save(marked, run_path / "best.pth")
+    before = (run_path / "best.pth").read_bytes()
+    assert train(dataclasses.replace(job, val_annotations=None)).complete
+    assert (run_path / "best.pth").read_bytes() == before
+
+
+def test_a_complete_run_is_scored_on_other_images(data: Path, run_path: Path, tmp_path: Path) -> None:
+    assert train(make_job(data, run_path)).best is None
+    assert train(make_job(data, run_path, val_annotations=data)).best is not None
+    other = write_squares(tmp_path / "other", seed=5, count=3)
+    job = make_job(data, run_path, val_annotations=other, val_images=other.parent / "images")
+    assert train(job).best is not None
+    assert (run_path / "scores.csv").read_text().count("\n4,") == 2
+
+
+@pytest.mark.parametrize("run", [train, train_alternating])
+@pytest.mark.parametrize("what", ["images", "val_images", "init"])
+def test_restart_forgets_nothing_before_all_is_there(what: str, run: Any, data: Path, run_path: Path) -> None:
+    job = make_job(data, run_path, val_annotations=data, recipe=dataclasses.replace(RECIPE, steps=1))
+    assert run(job).complete
+    before = {path.name: path.stat().st_mtime_ns for path in run_path.rglob("*.*")}
+    nowhere = {"images": [run_path / "none"], "val_images": run_path / "none", "init": run_path / "none.pth"}[what]
+    with pytest.raises(FpnEngineError):
+        run(dataclasses.replace(job, restart=True, **{what: nowhere}))
+    with pytest.raises(FpnEngineError, match="is of the run that --restart forgets"):
+        run(dataclasses.replace(job, restart=True, init=run_path / "best.pth"))
+    assert {path.name: path.stat().st_mtime_ns for path in run_path.rglob("*.*")} == before
+    assert run(dataclasses.replace(job, restart=True)).complete
+
+
+def make_proposals(data: Path, path: Path) -> Path:
+    """The annotated boxes."""
+    document = json.loads(data.read_text())
+    path.write_text(json.dumps({"images": document["images"], "annotations": document["annotations"]}))
+    return path
+
+
+def test_proposals_to_score_on_are_looked_for_before_training(data: Path, run_path: Path, tmp_path: Path) -> None:
+    other = write_squares(tmp_path / "other", seed=5, count=3)
+    for image in (document := json.loads(other.read_text()))["images"]:
+        os.rename(other.parent / "images" / image["file_name"], other.parent / "images" / f"v{image['file_name']}")
+        image["file_name"] = f"v{image['file_name']}"
+        image["id"] += 100
+    for annotation in document["annotations"]:
+        annotation["image_id"] += 100
+    other.write_text(json.dumps(document))
+    given = {"proposals": [make_proposals(data, tmp_path / "p.json")]}
+    given |= {"spec": dataclasses.replace(tiny_spec(), model="fast_rcnn")}
+    scored = {"val_annotations": other, "val_images": other.parent / "images"}
+    with pytest.raises(ProposalError, match="has no proposals for the image 'v"):
+        train(make_job(data, run_path, **given, **scored))
+    assert not (run_path / "log.csv").exists()
+    # More proposals, of images to score on, are no other run.
+    assert not train(make_job(data, run_path, **given), should_stop=lambda: True).complete
+    given["proposals"] = [*given["proposals"], make_proposals(other, tmp_path / "q.json")]
+    outcome = train(make_job(data, run_path, **given, **scored))
+    assert outcome.complete
+    assert outcome.best is not None
+    # Other proposals to learn among are.
+    edit(tmp_path / "p.json", tmp_path / "p.json", lambda document: document["annotations"].pop())
+    with pytest.raises(CheckpointError, match=r"other settings \(data\.proposals"):
+        train(make_job(data, run_path, **given, **scored))
+
+
+def test_alternating_training_may_be_scored_on_other_images(data: Path, run_path: Path, tmp_path: Path) -> None:
+    assert train_alternating(make_job(data, run_path)).complete
+    assert train_alternating(make_job(data, run_path, val_annotations=data)).best is not None
+
+
+def test_proposals_for_a_model_that_finds_its_own_are_refused(data: Path, run_path: Path, tmp_path: Path) -> None:
+    job = make_job(data, run_path, proposals=[make_proposals(data, tmp_path / "p.json")])
+    with pytest.raises(ProposalError, match="a faster_rcnn finds its own proposals"):
+        train(job)
+    with pytest.raises(ProposalError, match="makes its own proposals; leave out --proposals"):
+        train_alternating(job)
+
+
+def test_a_narrow_model_trains_on_the_cpu_at_ordinary_sizes(data: Path, run_path: Path) -> None:
+    """In the format that others train in, oneDNN's gradient of its first shortcut writes beyond its memory."""
+    spec = dataclasses.replace(tiny_spec(body_width=8), min_size=480, max_size=640)
+    assert train(make_job(data, run_path, spec=spec, recipe=dataclasses.replace(RECIPE, steps=2))).complete
 
 
 def test_a_fast_rcnn_needs_proposals(data: Path, run_path: Path) -> None:

@@ -91,6 +91,25 @@ def test_a_log_without_the_names_of_its_columns_begins_anew(damaged: str, run_pa
     assert (run_path / SCORES).read_text().splitlines() == ["step,AP", "2,0.5"]
 
 
+def test_before_the_first_update_a_log_begins_anew(run_path: Path) -> None:
+    """Another model, with other losses, may have died there before it was saved."""
+    folder = RunFolder(run_path)
+    (run_path / LOG).write_text(WELL)
+    folder.rewind_log(0)
+    folder.log(LOG, {"step": 1, "loss": 2.0})
+    assert (run_path / LOG).read_text().splitlines() == ["step,loss", "1,2"]
+
+
+def test_what_a_killed_run_half_wrote_is_removed(run_path: Path) -> None:
+    RunFolder(run_path).close()
+    for name in (".state.pt.123.tmp", ".best.pth.9.tmp", "mine.tmp"):
+        (run_path / name).write_text("")
+    RunFolder(run_path, alone=False)
+    assert len(list(run_path.glob("*.tmp"))) == 3, "the others of a run leave them to the first"
+    RunFolder(run_path)
+    assert [path.name for path in run_path.glob("*.tmp")] == ["mine.tmp"]
+
+
 def test_a_folder_in_the_place_of_a_log_is_said(run_path: Path) -> None:
     folder = RunFolder(run_path)
     (run_path / LOG).mkdir()
