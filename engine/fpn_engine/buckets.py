@@ -24,10 +24,13 @@ class Buckets:
     """
 
     def __init__(self, sizes: int | Sequence[Size] | None, divisor: int) -> None:
-        listed = [(sizes, sizes)] if isinstance(sizes, int) else list(sizes or ())
-        for size in listed:
-            if len(size) != 2 or min(size) < 1 or any(side % divisor for side in size):
-                raise OptionError(f"a bucket must be a multiple of {divisor} pixels per side, not {size}")
+        try:
+            listed = [(sizes, sizes)] if isinstance(sizes, int) else list(sizes or ())
+            wrong = [size for size in listed if len(size) != 2 or min(size) < 1 or any(side % divisor for side in size)]
+        except TypeError:
+            raise OptionError(f"buckets are a number of pixels or sizes (h, w), not {sizes!r}") from None
+        if wrong:
+            raise OptionError(f"a bucket must be a multiple of {divisor} pixels per side, not {wrong[0]}")
         self._multiple = sizes if isinstance(sizes, int) else None
         self._sizes = [] if self._multiple else sorted(listed, key=lambda size: (size[0] * size[1], size))
 

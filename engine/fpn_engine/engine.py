@@ -196,7 +196,7 @@ class Engine:
 
     def stream(
         self,
-        paths: Iterable[str | os.PathLike[str]],
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
         thresholds: Thresholds | None = None,
         proposals: Callable[[str], ProposalBoxes] | None = None,
@@ -208,6 +208,7 @@ class Engine:
         one that begins later. Closing the generator ends the threads.
 
         Args:
+            paths: one alone counts as a list of one.
             read: is called in those threads; None takes the engine's own. proposals: gives a Fast R-CNN those of the
                 image at a path; what it raises as FpnEngineError is an outcome.
         """
@@ -217,7 +218,8 @@ class Engine:
         # A window of several batches, so that mixed sizes still fill batches of one size.
         window = self.batch_size if self.batch_size == 1 else 4 * self.batch_size
         under_way: deque[Window] = deque()
-        with ReadAhead(paths, read or self.read, threads=readers, ahead=max(readers, window)) as reading:
+        listed = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        with ReadAhead(listed, read or self.read, threads=readers, ahead=max(readers, window)) as reading:
             while items := reading.take(window):
                 under_way.append(self._begin_window(items, thresholds, proposals))
                 while under_way and sum(len(w.batches) for w in list(under_way)[1:]) >= self._runner.depth:
@@ -248,7 +250,8 @@ class Engine:
     ) -> Thresholds:
         """The spec's thresholds with those given instead.
 
-        Raises: ValueError outside 0..1 or below one detection, OptionError for an NMS threshold of mask proposals.
+        Raises: ValueError outside 0..1, below one detection or above 100000, OptionError for an NMS threshold of mask
+            proposals.
         """
         if nms is not None and isinstance(self.spec, MaskSpec):
             raise OptionError("mask proposals go through no NMS; leave its threshold out")

@@ -35,15 +35,22 @@ class LoadOptions(TypedDict, total=False):
     decode: Literal["cpu", "gpu"]
 
 
+MAY_BE_NONE = ("threads", "images", "graph_memory")
+
+
 def check_options(options: LoadOptions) -> None:
     """Raises: TypeError for an option that there is not, as a call does; OptionError for a value of the wrong kind."""
     if unknown := sorted(set(options) - set(LoadOptions.__annotations__)):
         known = ", ".join(LoadOptions.__annotations__)
         raise TypeError(f"a plan is not loaded with {unknown[0]!r}; there are {known}")
-    for name in ("batch_size", "threads", "streams"):
-        value = options.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise OptionError(f"{name} must be a whole number from 1 on, not {value!r}")
+    for name, least in (("batch_size", 1), ("threads", 1), ("streams", 1), ("images", 0), ("graph_memory", 0)):
+        value = options.get(name, least)
+        if value is None and name in MAY_BE_NONE:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionError(f"{name} must be a whole number from {least} on, not {value!r}")
+    if not isinstance(graphs := options.get("graphs", True), bool):
+        raise OptionError(f"graphs must be True or False, not {graphs!r}")
     device = options.get("device")
     if device is not None and not isinstance(device, str):
         raise OptionError(f"device must be a name such as 'cpu' or 'cuda:1', not {device!r}")

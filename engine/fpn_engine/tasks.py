@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpn_engine.masks.spec import AnySpec, MaskSpec
+from fpn_engine.spec import MAX_DETECTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,10 @@ class Thresholds:
         if not isinstance(self.box_detections_per_img, Integral) or self.box_detections_per_img < 1:
             raise ValueError(
                 f"box_detections_per_img must be at least 1 and a whole number, not {self.box_detections_per_img}"
+            )
+        if self.box_detections_per_img > MAX_DETECTIONS:
+            raise ValueError(
+                f"box_detections_per_img must be at most {MAX_DETECTIONS}, not {self.box_detections_per_img}"
             )
 
     @classmethod

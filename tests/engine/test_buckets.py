@@ -30,3 +30,9 @@ def test_where_a_size_goes(sizes: object, needed: tuple[int, int], expected: tup
 def test_what_is_no_bucket(sizes: object) -> None:
     with pytest.raises(OptionError, match="a bucket must be a multiple of 32 pixels per side, not"):
         Buckets(sizes, 32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [2.5, [64, 128], [("a", "b")]])
+def test_what_is_no_size(sizes: object) -> None:
+    with pytest.raises(OptionError, match="buckets are a number of pixels or sizes"):
+        Buckets(sizes, 32)  # type: ignore[arg-type]

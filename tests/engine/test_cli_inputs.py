@@ -43,6 +43,10 @@ QUANTIZE = ("quantize", "tiny.onnx", "--images", "images", "--calibrate", 1, "--
         ((*INFER, "--format", "coco", "--annotations", "truth.json", "-o", "link.json"), "would replace truth.json"),
         ((*EVAL, "--save-proposals", "truth.json"), "--save-proposals truth.json would replace truth.json"),
         (("bench", "tiny.plan", "--rounds", 1, "--trace", "tiny.plan"), "--trace tiny.plan would replace"),
+        (
+            ("bench", "tiny.plan", "--images", "images", "--rounds", 1, "--trace", "images/a.png"),
+            "--trace images/a.png would replace images/a.png",
+        ),
         ((*QUANTIZE, "-o", "tiny.onnx"), "--output tiny.onnx would replace tiny.onnx"),
         ((*QUANTIZE, "-o", "truth.onnx"), "the report would replace truth.json"),
         ((*QUANTIZE, "-o", "q.json"), "give a name that ends in .onnx, not q.json"),

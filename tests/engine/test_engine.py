@@ -149,6 +149,13 @@ def test_stream_goes_on_after_bad_files(batch_size: int, tiny: Tiny, engine: Eng
             assert outcome.pixels is None
 
 
+def test_stream_of_one_path(engine: Engine, tmp_path: Path) -> None:
+    (outcome,) = engine.stream(str(tmp_path / "missing.png"))
+    assert "does not exist" in str(outcome.result)
+    (outcome,) = engine.stream(tmp_path)
+    assert "is a folder" in str(outcome.result)
+
+
 def test_stream_reads_only_as_far_as_it_must(engine: Engine, tmp_path: Path) -> None:
     path = save_picture(tmp_path / "a.png")
     endless = iter(lambda: path, None)
@@ -220,6 +227,11 @@ def test_loading(tiny: Tiny, tmp_path: Path) -> None:
         ({"threads": 0}, OptionError, "threads must be a whole number from 1 on, not 0"),
         ({"threads": "a"}, OptionError, "threads must be .* not 'a'"),
         ({"streams": True}, OptionError, "streams must be .* not True"),
+        ({"batch_size": None}, OptionError, "batch_size must be .* not None"),
+        ({"images": -1}, OptionError, "images must be a whole number from 0 on, not -1"),
+        ({"images": "x"}, OptionError, "images must be .* not 'x'"),
+        ({"graph_memory": 1.5}, OptionError, "graph_memory must be .* not 1.5"),
+        ({"graphs": "x"}, OptionError, "graphs must be True or False, not 'x'"),
         ({"device": 0}, OptionError, "device must be a name such as 'cpu' or 'cuda:1', not 0"),
         ({"device": torch.device("cpu")}, OptionError, "device must be a name"),
     ],
@@ -234,6 +246,8 @@ def test_arguments_that_are_none(engine: Engine, pictures: list[Pixels]) -> None
         engine.warmup([(0, 640)])
     with pytest.raises(ValueError, match=r"must be at least 1 and a whole number, not 2\.5"):
         engine(pictures[0], max_detections=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be at most 100000, not 1000000000"):
+        engine(pictures[0], max_detections=10**9)
 
 
 def test_one_class_by_its_name(engine: Engine, pictures: list[Pixels]) -> None:

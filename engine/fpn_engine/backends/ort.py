@@ -6,6 +6,7 @@ torch is imported only where it is needed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def runtime_version() -> str:
 
 
 def session_options(threads: int | None = None) -> Any:
-    """Options for a session: ``threads`` None takes one per physical core."""
+    """Options for a session: ``threads`` None takes one per physical core; no more are taken than there are cores."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -40,7 +41,7 @@ def session_options(threads: int | None = None) -> Any:
     # Its threads would spin on for a while after a run, on the cores that the ops in between need.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = min(threads, os.cpu_count() or threads)
     return options
 
 

@@ -58,7 +58,8 @@ def bench(
     """Time a plan from pixels in memory to detections: the middle, and what a fifth stays below and above.
 
     --profile shows beside each stage of a detector's native plan, but in int8, its floor: the least time for its
-    products and bytes, at the rates that this machine reaches on large matrices and copies.
+    products and bytes, at the rates that this machine reaches on large matrices and copies. It counts convolutions
+    without Winograd's savings and as many proposals as there may be; with fewer, a stage can be quicker.
 
     Figures hold for these pictures on this machine as busy as it is now.
     """
@@ -69,9 +70,10 @@ def bench(
     from fpn_engine.plan import read_plan
     from fpn_engine.profiling import time_engine, time_stages, write_trace
     from fpn_engine.provenance import describe_machine
+    from fpn_engine.sources import list_images
 
     path = choose_plan(plan, model, default=BUNDLED)
-    refuse_replacing(trace, "--trace", [path])
+    refuse_replacing(trace, "--trace", [path, *(list_images([images]) if images else [])])
     loaded = read_plan(path)
     if not loaded.manifest.spec.has_rpn:
         raise FpnEngineError("a Fast R-CNN detects among given proposals, which bench has none of; time another plan")

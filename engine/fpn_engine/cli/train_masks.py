@@ -49,8 +49,9 @@ def train_masks(
 
     if len(annotations) != 1:
         raise FpnEngineError("mask proposals are learnt from one annotation file; join them and give that")
+    segments = load_segments(annotations[0])
     folder = _need_folder(images, annotations[0])
-    examples = AnnotatedSegments(load_segments(annotations[0]), folder)
+    examples = AnnotatedSegments(segments, folder)
     validation = None
     if val_annotations is not None:
         truth, val_folder = load_segments(val_annotations), val_images or folder

@@ -13,6 +13,7 @@ from fpn_engine.errors import AnnotationError
 from fpn_engine.ground_truth import AnnotatedImage, Annotation, CocoGroundTruth
 from fpn_engine.masks.run_lengths import RunLengths, areas_of, box_of, read_segmentation
 from fpn_engine.spec import OBJECT
+from fpn_engine.voc import is_voc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +27,11 @@ class SegmentTruth:
 def load_segments(path: str | Path) -> SegmentTruth:
     """Read a COCO annotation file with its segmentations; without an ``area`` an object has its mask's.
 
-    Raises: AnnotationError as :func:`fpn_engine.annotations.load_coco`, and for an annotation without a segmentation or
-        with one that is none.
+    Raises: AnnotationError as :func:`fpn_engine.annotations.load_coco`, for Pascal VOC's, which have none, and for an
+        annotation without a segmentation or with one that is none.
     """
+    if is_voc(path):
+        raise AnnotationError(f"{path} is of Pascal VOC, which has boxes alone; masks need COCO annotations")
     truth = load_coco(path)
     with open(path, encoding="utf-8-sig") as file:
         entries = json.load(file)["annotations"]

@@ -32,7 +32,7 @@ from fpn_export.training.job import (
     train_joined,
 )
 from fpn_export.training.processes import Processes
-from fpn_export.training.run_folder import BEST, LAST, STATE, RunFolder
+from fpn_export.training.run_folder import BEST, FIRST_STEP, LAST, STATE, RunFolder
 from fpn_export.training.step import with_proposals
 from fpn_export.training.trainer import Progress
 from fpn_export.training.validation import main_figure, propose
@@ -53,8 +53,8 @@ class Step:
 
 
 STEPS = (
-    Step(name="1-rpn", model="rpn"),
-    Step(name="2-fast_rcnn", model="fast_rcnn", proposals_of="1-rpn"),
+    Step(name=FIRST_STEP, model="rpn"),
+    Step(name="2-fast_rcnn", model="fast_rcnn", proposals_of=FIRST_STEP),
     Step(name="3-rpn", model="rpn", starts_from="2-fast_rcnn"),
     Step(name="4-fast_rcnn", model="fast_rcnn", starts_from="2-fast_rcnn", proposals_of="3-rpn"),
 )

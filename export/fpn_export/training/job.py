@@ -24,7 +24,7 @@ from fpn_export.training.initial_weights import Taken, load_initial_weights
 from fpn_export.training.processes import Processes, join_processes, leave_processes
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
 from fpn_export.training.recipe import Recipe
-from fpn_export.training.run_folder import RunFolder
+from fpn_export.training.run_folder import FIRST_STEP, STATE, RunFolder
 from fpn_export.training.trainer import Habits, Progress, Trainer
 from fpn_export.training.validation import CocoValidation
 
@@ -83,6 +83,10 @@ def train(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
+    if not job.restart and holds_alternating(job.output):
+        raise CheckpointError(
+            f"{job.output} holds an alternating run; go on with --alternating, or give another folder"
+        )
     with joined(job.device, job.recipe.batch_size) as processes:
         return train_joined(job, processes, on_progress, should_stop, on_note)
 
@@ -126,6 +130,11 @@ def train_joined(
             on_note(f"going on after step {trainer.step} of {job.recipe.steps} in {job.output}")
         complete = trainer.run(on_progress, should_stop)
         return Outcome(complete=complete, step=trainer.step, best=trainer.best)
+
+
+def holds_alternating(folder: Path) -> bool:
+    """Whether an alternating run was begun there, whose steps have folders of their own."""
+    return os.path.isdir(folder / FIRST_STEP) and not os.path.exists(folder / STATE)
 
 
 def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:

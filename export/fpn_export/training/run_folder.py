@@ -27,6 +27,7 @@ from fpn_export.training.recipe import Recipe
 FORMAT = 1
 STEP = "step"  # the first column of the logs
 STATE, LOG, SCORES, BEST, LAST = "state.pt", "log.csv", "scores.csv", "best", "last"
+FIRST_STEP = "1-rpn"  # the folder in which alternating training begins
 FILES = (STATE, LOG, SCORES, *(f"{model}{suffix}" for model in (BEST, LAST) for suffix in (".pth", ".json")))
 
 

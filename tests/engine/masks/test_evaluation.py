@@ -12,6 +12,7 @@ from fpn_engine.masks.evaluation import Segments, score_segments
 from fpn_engine.masks.ground_truth import describe_segments, load_segments
 from fpn_engine.masks.run_lengths import decode_masks, encode_masks
 from fpn_export.scenes.dataset import write_coco
+from tests.engine.voc_files import write_object, write_xml
 
 SIZE = (120, 160)
 
@@ -35,6 +36,13 @@ def test_without_an_area_an_object_has_its_masks(path, tmp_path):
     areas = [entry.pop("area") for entry in document["annotations"]]
     (tmp_path / "a.json").write_text(json.dumps(document))
     assert [each.area for each in load_segments(tmp_path / "a.json").truth.annotations] == areas
+
+
+def test_pascal_voc_has_no_masks(tmp_path):
+    (tmp_path / "Annotations").mkdir()
+    write_xml(tmp_path / "Annotations", "a", write_object("cat", (1, 1, 5, 5)))
+    with pytest.raises(AnnotationError, match="has boxes alone; masks need COCO annotations"):
+        load_segments(tmp_path)
 
 
 def test_equals_cocoeval(path):

@@ -145,6 +145,17 @@ def test_alternating_training_keeps_its_folder_to_itself(data: Path, run_path: P
     assert train_alternating(make_job(data, run_path, restart=True)).complete
 
 
+def test_a_joint_run_leaves_an_alternating_one_alone(data: Path, run_path: Path) -> None:
+    job = make_job(data, run_path, recipe=dataclasses.replace(RECIPE, steps=1))
+    assert train_alternating(job).complete
+    before = (run_path / "best.pth").read_bytes()
+    with pytest.raises(CheckpointError, match="holds an alternating run; go on with --alternating"):
+        train(job)
+    assert (run_path / "best.pth").read_bytes() == before
+    assert train(dataclasses.replace(job, restart=True)).complete
+    assert train(job).complete
+
+
 def test_alternating_training_stops_while_it_writes_proposals(data: Path, run_path: Path) -> None:
     asked: list[bool] = []
 
