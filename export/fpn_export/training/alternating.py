@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from fpn_export.training.job import (
     train_joined,
 )
 from fpn_export.training.processes import Processes
-from fpn_export.training.run_folder import BEST, FIRST_STEP, LAST, STATE, RunFolder
+from fpn_export.training.run_folder import BEST, LAST, STATE, STEP_FOLDERS, RunFolder
 from fpn_export.training.step import with_proposals
 from fpn_export.training.trainer import Progress
 from fpn_export.training.validation import main_figure, propose
@@ -52,11 +51,12 @@ class Step:
         return self.starts_from is not None
 
 
+_RPN, _FAST_RCNN, _RPN_AGAIN, _FAST_RCNN_AGAIN = STEP_FOLDERS
 STEPS = (
-    Step(name=FIRST_STEP, model="rpn"),
-    Step(name="2-fast_rcnn", model="fast_rcnn", proposals_of=FIRST_STEP),
-    Step(name="3-rpn", model="rpn", starts_from="2-fast_rcnn"),
-    Step(name="4-fast_rcnn", model="fast_rcnn", starts_from="2-fast_rcnn", proposals_of="3-rpn"),
+    Step(name=_RPN, model="rpn"),
+    Step(name=_FAST_RCNN, model="fast_rcnn", proposals_of=_RPN),
+    Step(name=_RPN_AGAIN, model="rpn", starts_from=_FAST_RCNN),
+    Step(name=_FAST_RCNN_AGAIN, model="fast_rcnn", starts_from=_FAST_RCNN, proposals_of=_RPN_AGAIN),
 )
 MODEL = f"{LAST}.pth"
 
@@ -100,10 +100,6 @@ def _train_steps(
         make_examples(job, [load_annotations(path) for path in job.annotations])
         make_validation(job)
         forget_run(folder, processes, job.init)
-        if processes.is_first:
-            for step in STEPS:
-                shutil.rmtree(job.output / step.name, ignore_errors=True)
-        processes.wait()
     if os.path.exists(job.output / STATE):
         raise CheckpointError(f"{job.output} holds a run that is not alternating; give another folder, or --restart")
     job = dataclasses.replace(job, restart=False)

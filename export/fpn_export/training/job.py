@@ -24,7 +24,7 @@ from fpn_export.training.initial_weights import Taken, load_initial_weights
 from fpn_export.training.processes import Processes, join_processes, leave_processes
 from fpn_export.training.randomness import INITIAL_WEIGHTS, random_state
 from fpn_export.training.recipe import Recipe
-from fpn_export.training.run_folder import FIRST_STEP, STATE, RunFolder
+from fpn_export.training.run_folder import STATE, STEP_FOLDERS, RunFolder
 from fpn_export.training.trainer import Habits, Progress, Trainer
 from fpn_export.training.validation import CocoValidation
 
@@ -134,7 +134,7 @@ def train_joined(
 
 def holds_alternating(folder: Path) -> bool:
     """Whether an alternating run was begun there, whose steps have folders of their own."""
-    return os.path.isdir(folder / FIRST_STEP) and not os.path.exists(folder / STATE)
+    return os.path.isdir(folder / STEP_FOLDERS[0]) and not os.path.exists(folder / STATE)
 
 
 def make_model(job: Job) -> tuple[FpnDetector, Taken | None]:

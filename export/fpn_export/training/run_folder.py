@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from fpn_export.training.recipe import Recipe
 FORMAT = 1
 STEP = "step"  # the first column of the logs
 STATE, LOG, SCORES, BEST, LAST = "state.pt", "log.csv", "scores.csv", "best", "last"
-FIRST_STEP = "1-rpn"  # the folder in which alternating training begins
+STEP_FOLDERS = ("1-rpn", "2-fast_rcnn", "3-rpn", "4-fast_rcnn")  # the folders of alternating training
 FILES = (STATE, LOG, SCORES, *(f"{model}{suffix}" for model in (BEST, LAST) for suffix in (".pth", ".json")))
 
 
@@ -113,7 +114,7 @@ class RunFolder:
             _write(temporary, _serialized({"format": FORMAT, **values}))
 
     def clear(self) -> None:
-        """Forget the run that is here."""
+        """Forget the run that is here, joint or alternating."""
         for name in FILES:
             path = self.path / name
             try:
@@ -121,6 +122,8 @@ class RunFolder:
             except OSError as error:
                 reason = error.strerror or error
                 raise CheckpointError(f"cannot remove {path}: {reason}; give another folder") from None
+        for name in STEP_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def save_model(self, name: str, model: FpnDetector, about: Mapping[str, Any]) -> Path:
         """Write the weights as ``name``.pth, named as torchvision's, and the spec beside them; returns the former.
