@@ -55,14 +55,15 @@ class CocoGroundTruth:
         names = {category.id: category.name for category in self.categories}
         ids = {category.name: category.id for category in self.categories}
         for category in categories:
-            name = names.get(category.id, category.name)
-            if category.name not in (name, f"class_{category.id}"):
+            if category.name == f"class_{category.id}":
+                continue
+            name, number = names.get(category.id, category.name), ids.get(category.name, category.id)
+            if name != category.name:
                 raise AnnotationError(
                     f"category {category.id} is {category.name!r} to the model but {name!r} in the annotations; "
                     "use the annotations that the model was trained for"
                 )
-            number = ids.get(category.name, category.id)
-            if number != category.id and category.name != f"class_{category.id}":
+            if number != category.id:
                 raise AnnotationError(
                     f"{category.name!r} is category {category.id} to the model but {number} in the annotations; "
                     "use the annotations that the model was trained for"

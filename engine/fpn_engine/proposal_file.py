@@ -21,6 +21,7 @@ from fpn_engine.detections import shortest_floats
 from fpn_engine.errors import ProposalError
 from fpn_engine.files import replacing
 from fpn_engine.proposals import ProposalBoxes, ProposedImage, as_boxes
+from fpn_engine.results import as_image_id
 from fpn_engine.spec_json import finite_number
 
 SUFFIXES = (".json", ".npz")
@@ -77,8 +78,6 @@ def _read_json(path: Path) -> list[ProposedImage]:
         raise ValueError("it is no list of objects")
     found: dict[_Key, list[tuple[float, ...]]] = {_Key(name, image_id): [] for image_id, name in names.items()}
     for entry in data:
-        if names and entry.get("file_name") is None and _as_id(entry.get("image_id")) not in names:
-            raise ValueError(f"a box is on image {entry.get('image_id')!r}, which is not listed")
         x, y, width, height = map(finite_number, entry["bbox"])
         score = finite_number(entry.get("score", 1.0))
         found.setdefault(_key_of(entry, names), []).append((x, y, x + width, y + height, score))
@@ -89,12 +88,13 @@ def _key_of(entry: Mapping[str, Any], names: Mapping[Any, str]) -> _Key:
     image_id, file_name = _as_id(entry.get("image_id")), entry.get("file_name")
     if image_id is None and file_name is None:
         raise KeyError("image_id")
+    if names and file_name is None and image_id not in names:
+        raise ValueError(f"a box is on image {image_id!r}, which is not listed")
     return _Key(names.get(image_id) if file_name is None else str(file_name), image_id)
 
 
 def _as_id(value: Any) -> Any:
-    """Ids may be text of digits, as in :func:`fpn_engine.annotations.load_coco`."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    return as_image_id(value) if isinstance(value, str) else value
 
 
 def _read_npz(path: Path) -> list[ProposedImage]:

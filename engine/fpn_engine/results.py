@@ -133,11 +133,16 @@ def coco_results(detections: Detections, image_id: int | str) -> list[dict[str, 
     return results
 
 
+def as_image_id(text: str) -> int | str:
+    """The number that a text of digits stands for, as ids are written in some files; other texts as they are."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
 def find_image_id(source: str, image_ids: Mapping[str, int] | None) -> int | str:
     """The COCO id of the image at path ``source``; the rule stands at :class:`CocoWriter`."""
     path = PurePath(source)
     if image_ids is None:
-        return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else path.stem
+        return as_image_id(path.stem)
     for start in range(len(path.parts)):
         image_id = image_ids.get(PurePath(*path.parts[start:]).as_posix())
         if image_id is not None:

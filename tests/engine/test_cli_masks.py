@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +19,7 @@ from fpn_export import bundled as bundled_module
 from fpn_export.masks.onnx_export import export_mask_onnx
 from tests.engine.conftest import Ran, Run
 from tests.export.masks.tiny import tiny_model
+from tests.two_processes import run_in_two
 
 TINY = (
     "--arch fpn-masks --set arch=resnet18 --set body_width=8 --fpn-channels 16 --set hidden_channels=24 "
@@ -88,21 +86,8 @@ def test_training_ends_with_a_checkpoint_that_exports(data: Path, run: Run, work
 
 def test_two_processes_train_though_levels_are_missed(data: Path, tmp_path: Path) -> None:
     """Of eight places an image some level gets none, and its weights no gradient."""
-    output = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "fpn_engine",
-    ]
-    command += ["train", "--annotations", str(data), "--images", str(data.parent / "images"), "-o", str(output)]
-    command += [*TINY.split(), "--steps", "6", "--recipe", "anchors_per_image=8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    given = ["train", "--annotations", str(data), "--images", str(data.parent / "images"), "-o", str(tmp_path / "run")]
+    done = run_in_two([*given, *TINY.split(), "--steps", "6", "--recipe", "anchors_per_image=8"])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("trained 6 steps") == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from fpn_export.training.alternating import STEPS
 from tests.engine.conftest import Run
 from tests.engine.voc_files import write_object, write_xml
 from tests.export.training.squares import write_squares
+from tests.two_processes import run_in_two
 
 TINY = (
     "--arch resnet18 --fpn-channels 16 --representation-size 32 --min-size 96 --max-size 96 --batch 2 --warmup 1 "
@@ -196,10 +196,7 @@ def test_ctrl_c_ends_after_the_step_at_hand_and_the_same_command_goes_on(data: P
 @pytest.mark.parametrize("schedule", [[], ["--alternating"]], ids=["joint", "alternating"])
 def test_two_processes_train_one_model(schedule: list[str], data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "fpn_engine", *options(data, output, "--steps", "3", "--val-annotations", str(data)), *schedule]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = run_in_two([*options(data, output, "--steps", "3", "--val-annotations", str(data)), *schedule])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("trained 3 steps") == 1
     logs = [output / step.name for step in STEPS] if schedule else [output]

@@ -24,7 +24,7 @@ def train(
     annotations: Annotated[
         list[Path],
         typer.Option(
-            metavar="FILE",
+            metavar="PATH",
             help="COCO instances JSON, or a Pascal VOC folder or split; repeatable.",
             show_default=False,
             rich_help_panel=DATA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,31 +102,30 @@ def train_masks(
 
     Raises: FpnEngineError in one sentence for anything that the caller can put right.
     """
-    with joined(job.device, job.recipe.batch_size) as processes:
-        folder = RunFolder(job.output, alone=processes.is_first)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(random_state(job.recipe.seed, INITIAL_WEIGHTS).randint(2**31)))
-                model = FpnMasks(job.spec)
-            # Both ask a model for tensors, backbone and spec alone, and hand it to the rest as it is.
-            taken = load_initial_weights(cast(FpnDetector, model), job.init) if job.init else None
-            if job.restart:
-                forget_run(folder, processes, job.init)
-            trainer = MaskTrainer(
-                cast(FpnDetector, model),
-                cast(Examples, job.examples),
-                job.recipe,
-                folder,
-                processes,
-                data={**job.data, "init": taken.sha256 if taken else None},
-                habits=job.habits,
-                validation=cast("Validation | None", job.validation),
-                validated_on=job.validated_on,
-            )
-            complete = trainer.run(on_progress, should_stop)
-            return Outcome(complete=complete, step=trainer.step, best=trainer.best)
-        finally:
-            folder.close()
+    with (
+        joined(job.device, job.recipe.batch_size) as processes,
+        contextlib.closing(RunFolder(job.output, alone=processes.is_first)) as folder,
+    ):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(random_state(job.recipe.seed, INITIAL_WEIGHTS).randint(2**31)))
+            model = FpnMasks(job.spec)
+        # Both ask a model for tensors, backbone and spec alone, and hand it to the rest as it is.
+        taken = load_initial_weights(cast(FpnDetector, model), job.init) if job.init else None
+        if job.restart:
+            forget_run(folder, processes, job.init)
+        trainer = MaskTrainer(
+            cast(FpnDetector, model),
+            cast(Examples, job.examples),
+            job.recipe,
+            folder,
+            processes,
+            data={**job.data, "init": taken.sha256 if taken else None},
+            habits=job.habits,
+            validation=cast("Validation | None", job.validation),
+            validated_on=job.validated_on,
+        )
+        complete = trainer.run(on_progress, should_stop)
+        return Outcome(complete=complete, step=trainer.step, best=trainer.best)
 
 
 class MaskTrainer(Trainer):

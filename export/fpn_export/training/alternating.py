@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -79,12 +80,11 @@ def train_alternating(
         raise SpecError(f"alternating training makes a faster_rcnn, not a {job.spec.model}")
     if job.proposals:
         raise ProposalError("alternating training makes its own proposals; leave out --proposals")
-    with joined(job.device, job.recipe.batch_size) as processes:
-        folder = RunFolder(job.output, alone=processes.is_first)
-        try:
-            return _train_steps(job, processes, folder, on_progress, should_stop, on_note)
-        finally:
-            folder.close()
+    with (
+        joined(job.device, job.recipe.batch_size) as processes,
+        contextlib.closing(RunFolder(job.output, alone=processes.is_first)) as folder,
+    ):
+        return _train_steps(job, processes, folder, on_progress, should_stop, on_note)
 
 
 def _train_steps(

@@ -108,12 +108,11 @@ class AnnotatedExamples:
 
     def digest_proposals(self) -> str | None:
         """What identifies the proposals of all images, or None if none are given."""
-        digest, given = hashlib.sha256(), False
-        for entry in self._listed:
-            if entry.proposals is not None:
-                given = True
-                digest.update(f"{entry.proposals.shape}".encode())
-                digest.update(np.ascontiguousarray(entry.proposals).tobytes())
+        given = [entry.proposals for entry in self._listed if entry.proposals is not None]
+        digest = hashlib.sha256()
+        for boxes in given:
+            digest.update(f"{boxes.shape}".encode())
+            digest.update(boxes.tobytes())
         return digest.hexdigest() if given else None
 
     def objects_of(self, index: int) -> tuple[Boxes, NDArray[np.int64]]:

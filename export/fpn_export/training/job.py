@@ -101,7 +101,7 @@ def train_joined(
     """:func:`train` among processes that have joined already."""
     if job.proposals and job.spec.has_rpn:
         raise ProposalError(f"a {job.spec.model} finds its own proposals; they are given to a fast_rcnn only")
-    with _opened(job, processes) as folder:
+    with contextlib.closing(RunFolder(job.output, alone=processes.is_first)) as folder:
         model, taken = make_model(job)
         if taken and processes.is_first:
             on_note(f"{len(model.state_dict()) - len(taken.missing)} tensors from {job.init}")
@@ -193,15 +193,6 @@ def joined(device: str | None, batch_size: int) -> Iterator[Processes]:
         yield processes
     finally:
         leave_processes(processes)
-
-
-@contextlib.contextmanager
-def _opened(job: Job, processes: Processes) -> Iterator[RunFolder]:
-    folder = RunFolder(job.output, alone=processes.is_first)
-    try:
-        yield folder
-    finally:
-        folder.close()
 
 
 def forget_run(folder: RunFolder, processes: Processes, init: Path | None) -> None:

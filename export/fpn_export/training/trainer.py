@@ -131,7 +131,8 @@ class Trainer:
             self._take_score()
             if processes.is_first:
                 self._save()
-        batches, trained = self._load_batches(), self.step < recipe.steps
+        batches = self._load_batches()
+        trained = self.step < recipe.steps
         while self.step < recipe.steps:
             began = time.perf_counter()
             batch = self._read(batches)

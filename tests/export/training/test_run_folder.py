@@ -82,22 +82,18 @@ def test_damaged_rows_of_a_log_are_dropped(damage: bytes, run_path: Path) -> Non
     assert (run_path / LOG).read_bytes() == WELL.encode() + b"3,0.1,2\r\n"
 
 
-@pytest.mark.parametrize("damaged", ["", "\0" * 100, "st\0p,rate,loss\r\n1,0.1,2.5\r\n"])
-def test_a_log_without_the_names_of_its_columns_begins_anew(damaged: str, run_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [("", 1), ("\0" * 100, 1), ("st\0p,rate,loss\r\n1,0.1,2.5\r\n", 1), (WELL, 0)],
+    ids=["empty", "zeros", "damaged names", "before the first update"],
+)
+def test_a_log_begins_anew(text: str, step: int, run_path: Path) -> None:
+    """One without the names of its columns, and one of a run that was never saved: another's columns may differ."""
     folder = RunFolder(run_path)
-    (run_path / SCORES).write_text(damaged)
-    folder.rewind_log(1)
+    (run_path / SCORES).write_text(text)
+    folder.rewind_log(step)
     folder.log(SCORES, {"step": 2, "AP": 0.5})
     assert (run_path / SCORES).read_text().splitlines() == ["step,AP", "2,0.5"]
-
-
-def test_before_the_first_update_a_log_begins_anew(run_path: Path) -> None:
-    """Another model, with other losses, may have died there before it was saved."""
-    folder = RunFolder(run_path)
-    (run_path / LOG).write_text(WELL)
-    folder.rewind_log(0)
-    folder.log(LOG, {"step": 1, "loss": 2.0})
-    assert (run_path / LOG).read_text().splitlines() == ["step,loss", "1,2"]
 
 
 def test_what_a_killed_run_half_wrote_is_removed(run_path: Path) -> None:
